@@ -1,0 +1,300 @@
+"""Small layers that the blocks are made of."""
+
+from typing import Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import depthwise_conv2d
+
+# Parallel branches (kernel size, dilation) of the re-parameterised large kernel, per size.
+# Source: UniRepLKNet, https://arxiv.org/abs/2311.15599
+BRANCHES = {
+    19: ((5, 1), (7, 1), (9, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    11: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4), (3, 5)),
+    9: ((5, 1), (7, 1), (5, 2), (3, 3), (3, 4)),
+    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
+    5: ((3, 1), (3, 2)),
+}
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the residual branch of whole samples while training.
+
+    Args:
+        rate (float): Probability of dropping a sample's branch.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f'rate={self.rate:.3f}'
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of a (B, C, H, W) map.
+
+    Args:
+        channels (int): C.
+        eps (float): Defaults to 1e-6.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__(channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2).contiguous()
+
+
+class GRN(nn.Module):
+    """Global response normalisation of ConvNeXt V2, on a (B, C, H, W) map.
+
+    Source: `ConvNeXt V2 <https://arxiv.org/abs/2301.00808>`_. The squares are summed in float32: over a large map they
+    overflow half precision.
+
+    Args:
+        channels (int): C.
+        eps (float): Defaults to 1e-6.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=dtype)
+        response = response / (response.mean(dim=1, keepdim=True) + self.eps)
+        return x * (self.gamma * response + 1).to(x.dtype) + self.beta.to(x.dtype)
+
+
+class LayerScale(nn.Module):
+    """Scale and shift of every channel, ``weight * x + bias``.
+
+    Args:
+        channels (int): C.
+        init_value (float): Initial weight. Defaults to 1.
+    """
+
+    def __init__(self, channels: int, init_value: float = 1.0) -> None:
+        super().__init__()
+        # The official code stores it as a 1x1 depthwise convolution; the shape is kept for its checkpoints.
+        self.weight = nn.Parameter(torch.full((channels, 1, 1, 1), float(init_value)))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.to(x.dtype).view(-1, 1, 1) + self.bias.to(x.dtype).view(-1, 1, 1)
+
+
+class SELayer(nn.Module):
+    """Squeeze-and-excitation with a GELU and an inner width of max(16, C // 8).
+
+    Args:
+        channels (int): C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = max(16, channels // 8)
+        self.reduce = nn.Conv2d(channels, inner, 1)
+        self.act = nn.GELU()
+        self.expand = nn.Conv2d(inner, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.act(self.reduce(x.mean((2, 3), keepdim=True)))
+        return x * self.expand(scale).sigmoid()
+
+
+class ResDWConv(nn.Conv2d):
+    """Depthwise 3x3 convolution with a residual connection, ``x + conv(x)``.
+
+    Args:
+        channels (int): C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+        self.merged = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out if self.merged else x + out
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Adds the residual connection to the centre of the kernel."""
+        if not self.merged:
+            self.weight[:, :, 1, 1] += 1
+            self.merged = True
+
+
+class ConvNorm(nn.Sequential):
+    """A convolution without bias and its batch norm; one convolution with a bias after :meth:`switch_to_deploy`."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1) -> None:
+        super().__init__()
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def switch_to_deploy(self) -> None:
+        """Folds the batch norm into the convolution."""
+        if hasattr(self, 'bn'):
+            fold_following_bn(self.conv, self.bn)
+            del self.bn
+
+
+class ConvFFN(nn.Module):
+    """The feed-forward half of every block: 1x1, GELU, residual depthwise 3x3, GRN, 1x1.
+
+    Args:
+        channels (int): Channels in and out.
+        hidden (int): Channels in between.
+    """
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, hidden, 1)
+        self.act = nn.GELU()
+        self.dwconv = ResDWConv(hidden)
+        self.grn = GRN(hidden)
+        self.fc2 = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.grn(self.dwconv(self.act(self.fc1(x)))))
+
+
+class DepthwiseConv(nn.Conv2d):
+    """Depthwise convolution through :func:`mmoverlock.ops.depthwise_conv2d`; stride 1, size kept."""
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int = 1, bias: bool = False) -> None:
+        padding = dilation * (kernel_size - 1) // 2
+        super().__init__(
+            channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=bias
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
+
+
+class _Branch(nn.Module):
+    """A depthwise convolution and its batch norm, parallel to the large kernel."""
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int) -> None:
+        super().__init__()
+        self.conv = DepthwiseConv(channels, kernel_size, dilation)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class LargeKernelConv(nn.Module):
+    """Dilated re-parameterised large depthwise kernel: a sum of convolutions, each with a batch norm.
+
+    Source: `UniRepLKNet <https://arxiv.org/abs/2311.15599>`_. For inference every branch folds into one kernel.
+
+    Args:
+        channels (int): C.
+        kernel_size (int): One of 5, 7, 9, 11, 13, 15, 17, 19.
+        deploy (bool): Build the merged form, one convolution with a bias. Defaults to False.
+
+    Raises:
+        ValueError: No branches are known for ``kernel_size``.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, deploy: bool = False) -> None:
+        super().__init__()
+        if kernel_size not in BRANCHES:
+            raise ValueError(f'large kernel of size {kernel_size}; choose from {sorted(BRANCHES)}')
+        self.kernel_size = kernel_size
+        self.conv = DepthwiseConv(channels, kernel_size, bias=deploy)
+        if not deploy:
+            self.bn = nn.BatchNorm2d(channels)
+            self.branches = nn.ModuleDict(
+                {f'k{k}_r{r}': _Branch(channels, k, r) for k, r in BRANCHES[kernel_size]}
+            )
+
+    @property
+    def deploy(self) -> bool:
+        """bool: Whether the branches have been merged."""
+        return self.conv.bias is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.deploy:
+            return self.conv(x)
+        out = self.bn(self.conv(x))
+        for branch in self.branches.values():
+            out = out + branch(x)
+        return out
+
+    @torch.no_grad()
+    def merge_branches(self) -> None:
+        """Sums every branch into one kernel with a bias, in place."""
+        if self.deploy:
+            return
+        weight, bias = _folded(self.conv, self.bn)
+        for branch in self.branches.values():
+            branch_weight, branch_bias = _folded(branch.conv, branch.bn)
+            weight += _spread(branch_weight, branch.conv.dilation[0], self.kernel_size)
+            bias += branch_bias
+        self.conv.weight.copy_(weight)
+        self.conv.bias = nn.Parameter(bias.to(self.conv.weight.dtype))
+        del self.bn, self.branches
+
+
+def _spread(weight: Tensor, dilation: int, size: int) -> Tensor:
+    """A dilated kernel (C, 1, k, k) written as a dense one of size ``size``."""
+    reach = dilation * (weight.shape[-1] - 1) + 1
+    first = (size - reach) // 2
+    dense = weight.new_zeros(*weight.shape[:2], size, size)
+    dense[:, :, first : first + reach : dilation, first : first + reach : dilation] = weight
+    return dense
+
+
+def _bn_affine(bn: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in evaluation, in float64: the fold itself then costs no accuracy."""
+    scale = bn.weight.double() * (bn.running_var.double() + bn.eps).rsqrt()
+    return scale, bn.bias.double() - bn.running_mean.double() * scale
+
+
+def _folded(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> Tuple[Tensor, Tensor]:
+    scale, shift = _bn_affine(bn)
+    bias = 0 if conv.bias is None else conv.bias.double()
+    return conv.weight.double() * scale.view(-1, 1, 1, 1), bias * scale + shift
+
+
+@torch.no_grad()
+def fold_following_bn(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
+    """Makes ``conv`` compute ``bn(conv(x))``, in place."""
+    weight, bias = _folded(conv, bn)
+    conv.weight.copy_(weight)
+    conv.bias = nn.Parameter(bias.to(conv.weight.dtype))
+
+
+@torch.no_grad()
+def fold_preceding_bn(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> None:
+    """Makes ``conv`` compute ``conv(bn(x))``, in place. Exact for 1x1 convolutions only: others pad after the norm."""
+    scale, shift = _bn_affine(bn)
+    weight = conv.weight.double()
+    bias = (weight * shift.view(1, -1, 1, 1)).sum((1, 2, 3))
+    if conv.bias is not None:
+        bias = bias + conv.bias.double()
+    conv.weight.copy_(weight * scale.view(1, -1, 1, 1))
+    conv.bias = nn.Parameter(bias.to(conv.weight.dtype))

@@ -1,0 +1,7 @@
+"""Operators of OverLoCK. This package knows torch (and, for the fast forms, triton); no OpenMMLab package."""
+
+from .backends import BackendError, available_backends
+from .contmix import contmix
+from .depthwise import depthwise_conv2d
+
+__all__ = ['BackendError', 'available_backends', 'contmix', 'depthwise_conv2d']

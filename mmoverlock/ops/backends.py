@@ -1,0 +1,83 @@
+"""How an operator chooses among its implementations.
+
+Every operator keeps a list of :class:`Backend`, best first and the plain definition last. ``backend='auto'`` takes
+the first that does not refuse the call; a backend that was named is taken or the reason for its refusal is raised.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Callable, Dict, Optional, Sequence
+
+ENV_VARIABLE = 'MMOVERLOCK_BACKEND'
+
+_OPERATORS: Dict[str, Sequence['Backend']] = {}
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name cannot take the call."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator.
+
+    Args:
+        name (str): What ``backend=`` and the environment variable call it.
+        run (Callable): The implementation; takes the operator's arguments.
+        refuse (Callable): Takes the same arguments and returns why the backend cannot serve them, in a few words
+            for a person, or None when it can.
+        auto (bool): Whether ``'auto'`` may choose it. Optional third-party code is used only when asked for.
+    """
+
+    name: str
+    run: Callable
+    refuse: Callable[..., Optional[str]]
+    auto: bool = True
+
+
+def register(operator: str, backends: Sequence[Backend]) -> None:
+    """Keeps the backends of one operator, in order of preference."""
+    _OPERATORS[operator] = tuple(backends)
+
+
+def available_backends(operator: str) -> tuple:
+    """Names of an operator's backends in order of preference, whether or not this machine can run them.
+
+    Args:
+        operator (str): ``'contmix'`` or ``'depthwise_conv2d'``.
+    """
+    return tuple(b.name for b in _OPERATORS[operator])
+
+
+def dispatch(operator: str, backend: str, *args):
+    """Runs ``operator`` with the backend that was asked for, or with the best that accepts the call.
+
+    Args:
+        operator (str): Name given to :func:`register`.
+        backend (str): ``'auto'`` or a backend's name. ``'auto'`` is overridden by the environment variable
+            ``MMOVERLOCK_BACKEND``, which applies to the operators that have a backend of that name.
+        *args: The operator's arguments.
+
+    Raises:
+        BackendError: The name is unknown, or the named backend refuses the call.
+    """
+    backends = _OPERATORS[operator]
+    names = [b.name for b in backends]
+    if backend == 'auto':
+        wished = os.environ.get(ENV_VARIABLE, 'auto')
+        known = {b.name for group in _OPERATORS.values() for b in group}
+        if wished != 'auto' and wished not in known:
+            raise BackendError(f'{ENV_VARIABLE}={wished!r} names no backend; known: auto, {", ".join(sorted(known))}')
+        backend = wished if wished in names else 'auto'
+    if backend == 'auto':
+        for candidate in backends:
+            if candidate.auto and candidate.refuse(*args) is None:
+                return candidate.run(*args)
+        raise BackendError(f'no backend of {operator} accepts this call')  # the definition refuses nothing
+    if backend not in names:
+        raise BackendError(f'{operator} has no backend {backend!r}; choose from auto, {", ".join(names)}')
+    chosen = backends[names.index(backend)]
+    reason = chosen.refuse(*args)
+    if reason is not None:
+        raise BackendError(f'backend {backend!r} of {operator} cannot be used: {reason}')
+    return chosen.run(*args)

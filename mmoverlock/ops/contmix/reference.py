@@ -1,0 +1,154 @@
+"""ContMix in plain PyTorch: the definition that every fast form is tested against."""
+
+import math
+from functools import lru_cache
+from typing import Callable, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of the largest temporary of one chunk of rows (2**24 floats are 64 MiB); what keeps memory bounded on large
+# maps.
+_CHUNK_ELEMENTS = 2**24
+
+
+def window_starts(length: int, window: int, device: torch.device) -> Tensor:
+    """First index of the window of every position along one axis: centred, shifted inward at the borders.
+
+    Returns:
+        Tensor: int64, shape (length,): ``clamp(i - window // 2, 0, length - window)``.
+    """
+    return (torch.arange(length, device=device) - window // 2).clamp(0, length - window)
+
+
+def _tables(height: int, width: int, window: int, device: torch.device) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Absolute neighbour indices (H, K), (W, K) and indices into the position bias of the same shapes."""
+    tables = []
+    for length in (height, width):
+        offsets = torch.arange(window, device=device)
+        neighbours = window_starts(length, window, device)[:, None] + offsets
+        tables.append((neighbours, neighbours - torch.arange(length, device=device)[:, None] + window - 1))
+    (rows, bias_rows), (cols, bias_cols) = tables
+    return rows, cols, bias_rows, bias_cols
+
+
+# A network sees few map sizes, so the tables are made once a size and not at every forward.
+_cached_tables = lru_cache(maxsize=256)(_tables)
+
+
+def index_tables(height: int, width: int, window: int, device: torch.device):
+    """:func:`_tables`, kept between calls except while a graph is traced (a traced tensor must not outlive it)."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return _tables(height, width, window, device)
+    with torch.inference_mode(False):  # an inference tensor in the cache could not serve training later
+        return _cached_tables(height, width, window, device)
+
+
+def window_softmax(logits: Tensor, rpb: Tensor, row0: int, height: int) -> Tensor:
+    """Softmax over each position's window of ``logits`` plus the relative position bias.
+
+    Args:
+        logits (Tensor): (B, G, h, W, K*K), the rows ``row0 .. row0 + h - 1`` of a map of ``height`` rows.
+        rpb (Tensor): (G, 2K-1, 2K-1).
+        row0 (int): First row of the chunk.
+        height (int): Rows of the whole map.
+
+    Returns:
+        Tensor: (B, G, h, W, K*K), each window summing to one.
+    """
+    groups, window = rpb.shape[0], (rpb.shape[1] + 1) // 2
+    rows, width = logits.shape[2:4]
+    _, _, bias_rows, bias_cols = index_tables(height, width, window, logits.device)
+    bias = rpb.index_select(1, bias_rows[row0 : row0 + rows].reshape(-1)).index_select(2, bias_cols.reshape(-1))
+    bias = bias.view(groups, rows, window, width, window).transpose(2, 3)
+    return (logits + bias.reshape(groups, rows, width, window * window)).softmax(-1)
+
+
+def window_sum(attn: Tensor, value: Tensor, row0: int) -> Tensor:
+    """Sum of the values in each position's window, weighted by ``attn``.
+
+    The weights are laid out over the rows of the map that the chunk's windows reach, zero outside the window, so that
+    the sum is a matrix product: no window of values is copied.
+
+    Args:
+        attn (Tensor): (B, G, h, W, K*K), for the rows from ``row0``.
+        value (Tensor): (B, G, D, H, W), the whole map.
+        row0 (int): First row of the chunk.
+
+    Returns:
+        Tensor: (B, G, D, h, W).
+    """
+    batch, groups, rows, width, area = attn.shape
+    height, window = value.shape[3], math.isqrt(area)
+    first = min(max(row0 - window // 2, 0), height - window)
+    last = min(max(row0 + rows - 1 - window // 2, 0), height - window) + window
+    neighbour_rows, neighbour_cols, _, _ = index_tables(height, width, window, attn.device)
+    index = (neighbour_rows[row0 : row0 + rows, None, :, None] - first) * width + neighbour_cols[None, :, None, :]
+    index = index.reshape(1, 1, rows * width, area).expand(batch, groups, -1, -1)
+    attn = attn.reshape(batch, groups, rows * width, area)
+    spread = attn.new_zeros(batch, groups, rows * width, (last - first) * width).scatter(-1, index, attn)
+    band = value[:, :, :, first:last].flatten(3)
+    return torch.matmul(band, spread.transpose(-1, -2)).unflatten(-1, (rows, width))
+
+
+def mix_rows(
+    logits: Tensor,
+    rpb1: Tensor,
+    rpb2: Tensor,
+    small: Tensor,
+    large: Tensor,
+    row0: int,
+    window_sum: Callable = window_sum,
+) -> Tensor:
+    """Both kernels applied to the rows that ``logits`` (B, G, h, W, s²+K²) covers; returns (B, C, h, W)."""
+    height = small.shape[3]
+    split = ((rpb1.shape[1] + 1) // 2) ** 2
+    out1 = window_sum(window_softmax(logits[..., :split], rpb1, row0, height), small, row0)
+    out2 = window_sum(window_softmax(logits[..., split:], rpb2, row0, height), large, row0)
+    return torch.cat([out1.flatten(1, 2), out2.flatten(1, 2)], dim=1)
+
+
+def affinity_logits(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Kernel logits of every position: affinities to the key cells, projected to s²+K² numbers.
+
+    Args:
+        query (Tensor): (B, G, D, h, W), scaled.
+        key (Tensor): (B, G, D, L).
+        weight (Tensor): (s²+K², L).
+        bias (Tensor): (s²+K²,).
+
+    Returns:
+        Tensor: (B, G, h, W, s²+K²).
+    """
+    rows, width = query.shape[-2:]
+    affinity = torch.matmul(query.flatten(3).transpose(-1, -2), key)
+    return F.linear(affinity, weight, bias).unflatten(2, (rows, width))
+
+
+def contmix_reference(
+    query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, value: Tensor
+) -> Tensor:
+    """The definition of ContMix (paper section 3.3); arguments as :func:`mmoverlock.ops.contmix`.
+
+    Half precision is computed in float32 and rounded once, at the end. The map is taken a few rows at a time, so that
+    memory does not grow with the square of its size.
+    """
+    out_dtype = value.dtype
+    dtype = torch.promote_types(out_dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, weight, bias, rpb1, rpb2, value = (
+            t.to(dtype) for t in (query, key, weight, bias, rpb1, rpb2, value)
+        )
+        batch, groups, _, height, width = query.shape
+        small, large = value.unflatten(1, (2, groups, -1)).unbind(1)
+        window = (rpb2.shape[1] + 1) // 2
+        # A chunk of as many rows as half a window reads about one and a half windows of rows: little waste.
+        per_row = batch * groups * width * max(min(height, 2 * window) * width, window * window)
+        step = max(1, min(height, _CHUNK_ELEMENTS // max(per_row, 1)))
+        chunks = []
+        for row0 in range(0, height, step):
+            logits = affinity_logits(query[:, :, :, row0 : row0 + step], key, weight, bias)
+            chunks.append(mix_rows(logits, rpb1, rpb2, small, large, row0))
+        out = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
+    return out.to(out_dtype)

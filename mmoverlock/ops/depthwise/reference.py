@@ -1,0 +1,12 @@
+"""Depthwise convolution in plain PyTorch: the definition that every fast form is tested against."""
+
+from typing import Optional
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def depthwise_conv2d_reference(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
+    """PyTorch's own convolution with one group a channel; arguments as :func:`mmoverlock.ops.depthwise_conv2d`."""
+    padding = dilation * (weight.shape[-1] - 1) // 2
+    return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
