@@ -1,0 +1,74 @@
+"""The few patches that current packages need of the OpenMMLab line in use.
+
+Each is a function whose docstring gives its reason; it looks whether the reason holds here, and does nothing where it
+does not. The tools call :func:`apply` first thing. Importing ``mmoverlock`` never does: a program that uses the
+backbone decides for itself, and calls ``mmoverlock.compat.apply()`` before it loads configs or builds models.
+
+Resuming under torch >= 2.6 needs no patch: ``mmoverlock.checkpoints`` registers a loader with mmengine instead.
+"""
+
+import sys
+from importlib import metadata, util
+from typing import Optional, Tuple
+
+
+def major_version(distribution: str) -> Optional[int]:
+    """The major version of an installed distribution, or None where it is not installed."""
+    try:
+        return int(metadata.version(distribution).split('.')[0])
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def skip_multimodal_models() -> bool:
+    """Keep mmpretrain from importing its multimodal models beside transformers >= 5.
+
+    mmpretrain 1.2.0 imports them when it finds transformers (of any version from 4.28) and pycocotools, which mmdet
+    brings. They subclass what transformers 5 no longer has, so ``import mmpretrain.models`` fails, and with it
+    ``mmdet.models`` and ``mmseg.models``. mmpretrain's own switch leaves them out; nothing here uses them.
+
+    Returns:
+        bool: Whether the switch was thrown.
+    """
+    if (major_version('transformers') or 0) < 5 or util.find_spec('mmpretrain') is None:
+        return False
+    from mmpretrain.utils import dependency
+
+    if not dependency.WITH_MULTIMODAL or 'mmpretrain.models' in sys.modules:
+        return False
+    dependency.WITH_MULTIMODAL = False
+    return True
+
+
+def find_mmseg_configs() -> bool:
+    """Let ``_base_ = 'mmseg::...'`` find the configs of the fork onedl-mmsegmentation.
+
+    mmengine maps the package ``mmseg`` to the distribution ``mmsegmentation`` and says that it is not installed when
+    only the fork is there. (mmdet and mmpretrain are named as their modules, for which mmengine falls back to the
+    module.) Naming the module for mmseg too gives it the same way out.
+
+    Returns:
+        bool: Whether the map was changed.
+    """
+    if major_version('mmsegmentation') is not None or major_version('onedl-mmsegmentation') is None:
+        return False
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    if MODULE2PACKAGE.get('mmseg') == 'mmseg':
+        return False
+    MODULE2PACKAGE['mmseg'] = 'mmseg'
+    return True
+
+
+PATCHES = (skip_multimodal_models, find_mmseg_configs)
+
+
+def apply() -> Tuple[str, ...]:
+    """Apply every patch whose reason holds here. Applying twice is the same as once.
+
+    Call it before ``mmpretrain.models``, ``mmdet.models`` or ``mmseg.models`` is imported.
+
+    Returns:
+        tuple[str]: The names of the patches that changed something in this call.
+    """
+    return tuple(patch.__name__ for patch in PATCHES if patch())

@@ -1,0 +1,124 @@
+import subprocess
+import sys
+import textwrap
+import types
+
+import pytest
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+
+from mmoverlock import compat
+
+
+def installed(monkeypatch, **versions):
+    """Let compat see these major versions only; ``_`` in a name stands for ``-``."""
+    known = {name.replace('_', '-'): version for name, version in versions.items()}
+    monkeypatch.setattr(compat, 'major_version', known.get)
+
+
+@pytest.fixture
+def dependency(monkeypatch):
+    """A stand-in for mmpretrain.utils.dependency, before mmpretrain.models was imported."""
+    module = types.ModuleType('mmpretrain.utils.dependency')
+    module.WITH_MULTIMODAL = True
+    package, utils = types.ModuleType('mmpretrain'), types.ModuleType('mmpretrain.utils')
+    package.__spec__ = types.SimpleNamespace(name='mmpretrain')
+    package.utils, utils.dependency = utils, module
+    for item in (package, utils, module):
+        monkeypatch.setitem(sys.modules, item.__name__, item)
+    monkeypatch.delitem(sys.modules, 'mmpretrain.models', raising=False)
+    return module
+
+
+def test_major_version():
+    import torch
+
+    assert compat.major_version('torch') == int(torch.__version__.split('.')[0])
+    assert compat.major_version('no-such-distribution') is None
+
+
+def test_multimodal_models_are_skipped_beside_transformers_5(monkeypatch, dependency):
+    installed(monkeypatch, transformers=5)
+    assert compat.skip_multimodal_models()
+    assert dependency.WITH_MULTIMODAL is False
+    assert not compat.skip_multimodal_models(), 'a second call has nothing to do'
+
+
+@pytest.mark.parametrize('versions', [{}, {'transformers': 4}])
+def test_multimodal_models_are_kept_where_they_import(monkeypatch, dependency, versions):
+    installed(monkeypatch, **versions)
+    assert not compat.skip_multimodal_models()
+    assert dependency.WITH_MULTIMODAL is True
+
+
+def test_multimodal_switch_is_left_alone_once_the_models_are_imported(monkeypatch, dependency):
+    installed(monkeypatch, transformers=5)
+    monkeypatch.setitem(sys.modules, 'mmpretrain.models', types.ModuleType('mmpretrain.models'))
+    assert not compat.skip_multimodal_models()
+    assert dependency.WITH_MULTIMODAL is True
+
+
+def test_mmpretrain_models_import_beside_transformers_5(tmp_path):
+    # What transformers 5 is to mmpretrain: a distribution that lacks the names it wants. Unpatched, the import fails.
+    (tmp_path / 'transformers.py').touch()
+    info = tmp_path / 'transformers-5.0.0.dist-info'
+    info.mkdir()
+    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: transformers\nVersion: 5.0.0\n')
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        from mmoverlock import compat
+        assert compat.apply()[0] == 'skip_multimodal_models'
+        assert compat.apply() == ()
+        import mmpretrain.models
+    """
+    subprocess.run([sys.executable, '-c', textwrap.dedent(code)], check=True)
+
+
+def test_mmseg_bases_are_found_in_the_fork(monkeypatch, tmp_path):
+    installed(monkeypatch, onedl_mmsegmentation=1)
+    monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
+    assert compat.find_mmseg_configs()
+    assert not compat.find_mmseg_configs(), 'a second call has nothing to do'
+    config = tmp_path / 'config.py'
+    config.write_text("_base_ = 'mmseg::_base_/models/upernet_r50.py'\n")
+    assert Config.fromfile(config).model.decode_head.type == 'UPerHead'
+
+
+@pytest.mark.parametrize(
+    'versions', [{}, {'mmsegmentation': 1}, {'mmsegmentation': 1, 'onedl_mmsegmentation': 1}]
+)
+def test_mmseg_bases_are_left_alone_without_the_fork(monkeypatch, versions):
+    installed(monkeypatch, **versions)
+    monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
+    assert not compat.find_mmseg_configs()
+    assert MODULE2PACKAGE['mmseg'] == 'mmsegmentation'
+
+
+def test_apply_names_what_it_changed(monkeypatch):
+    installed(monkeypatch, onedl_mmsegmentation=1)
+    monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
+    assert compat.apply() == ('find_mmseg_configs',)
+    assert compat.apply() == ()
+
+
+def test_bases_of_all_three_packages_load_on_this_line(tmp_path):
+    compat.apply()
+    for base in (
+        'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
+        'mmseg::_base_/models/upernet_r50.py',
+        'mmpretrain::_base_/models/resnet18.py',
+    ):
+        config = tmp_path / 'config.py'
+        config.write_text(f'_base_ = {base!r}\n')
+        assert 'backbone' in Config.fromfile(config).model
+
+
+def test_importing_the_package_patches_nothing():
+    code = (
+        'import sys, mmoverlock\n'
+        'from mmengine.config.utils import MODULE2PACKAGE\n'
+        "assert MODULE2PACKAGE['mmseg'] == 'mmsegmentation'\n"
+        "assert not {'mmoverlock.compat', 'mmpretrain', 'mmcv'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
