@@ -1,0 +1,4 @@
+# OverLoCK-S: the channels of its outputs and the released ImageNet-1K weights.
+cls_channels = [512, 640]  # overview, focus
+dense_channels = [64, 128, 448, 640]  # strides 4, 8, 16, 32
+pretrained = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_s_in1k_224.pth'

@@ -1,0 +1,13 @@
+# RetinaNet with OverLoCK-S on COCO, 1x.
+# Published: none for RetinaNet with OverLoCK-S. Cost: not published.
+#   tools/dist_train.sh configs/detection/retinanet_overlock-s_fpn_1x_coco.py 8
+_base_ = [
+    '../_base_/models/retinanet_overlock_fpn.py',
+    'mmdet::_base_/datasets/coco_detection.py',
+    '../_base_/schedules/coco_1x.py',
+    '../_base_/variants/overlock-s.py',
+]
+model = dict(
+    backbone=dict(arch='s', drop_path_rate=0.4, init_cfg=dict(checkpoint=_base_.pretrained)),
+    neck=dict(in_channels=_base_.dense_channels[1:]),
+)

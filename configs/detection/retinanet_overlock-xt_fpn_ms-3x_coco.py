@@ -1,0 +1,14 @@
+# RetinaNet with OverLoCK-XT on COCO, 3x, multi-scale and crops.
+# Published: none for RetinaNet with OverLoCK-XT. Cost: not published.
+# The drop path rate of XT is ours: no dense recipe was published for it.
+#   tools/dist_train.sh configs/detection/retinanet_overlock-xt_fpn_ms-3x_coco.py 8
+_base_ = [
+    '../_base_/models/retinanet_overlock_fpn.py',
+    '../_base_/datasets/coco_detection_ms-crop.py',
+    '../_base_/schedules/coco_3x.py',
+    '../_base_/variants/overlock-xt.py',
+]
+model = dict(
+    backbone=dict(arch='xt', drop_path_rate=0.1, init_cfg=dict(checkpoint=_base_.pretrained)),
+    neck=dict(in_channels=_base_.dense_channels[1:]),
+)
