@@ -1,0 +1,89 @@
+"""Who gets weight decay: the configs' rules on our names, against the published rules."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmoverlock.checkpoints import to_official
+from mmoverlock.registry import HOOKS, OPTIM_WRAPPER_CONSTRUCTORS
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+DENSE = (
+    'detection/mask-rcnn_overlock-xt_fpn_1x_coco',
+    'detection/retinanet_overlock-xt_fpn_ms-3x_coco',
+    'detection/cascade-mask-rcnn_overlock-xt_fpn_1x_coco',
+    'segmentation/overlock-xt_upernet_8xb2-160k_ade20k-512x512',
+)
+
+
+def build(name):
+    """The config's model, which is the paper's XT, and its weight decay by parameter name."""
+    cfg = Config.fromfile(CONFIGS / f'{name}.py')
+    init_default_scope(cfg.default_scope)
+    cfg.optim_wrapper.type = 'OptimWrapper'  # AMP needs a GPU
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper).optimizer
+    groups = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
+    decay = {n: groups[id(p)] for n, p in model.named_parameters()}
+    return model, cfg.optim_wrapper.optimizer.weight_decay, decay
+
+
+@pytest.mark.parametrize('name', DENSE)
+def test_dense_decay_follows_the_official_names(name):
+    """Published: no decay where the official name contains 'norm', decay everywhere else."""
+    model, base, decay = build(name)
+    assert base == (0.01 if 'segmentation' in name else 0.05)
+    params = dict(model.named_parameters())
+    official = to_official(params)
+    names = {id(p): official_name for official_name, p in official.items()}
+    assert len(names) == len(params)
+    renamed = 0
+    for our_name, param in params.items():
+        official_name = names[id(param)]
+        expected = 0.0 if 'norm' in official_name else base
+        assert decay[our_name] == expected, (our_name, official_name)
+        renamed += our_name != official_name
+    assert renamed > 400
+    exempt = {re.sub(r'\d+\.\d+', 'N', n).rsplit('.', 1)[0] for n in decay if decay[n] == 0}
+    outputs = (1, 2, 3) if 'retinanet' in name else (0, 1, 2, 3)
+    assert exempt == {
+        'backbone.focusN.norm1',
+        'backbone.focusN.norm2',
+        *(f'backbone.norm{i}' for i in outputs),
+        *(['backbone.overview_norm'] if 'detection' in name else []),
+    }
+
+
+def test_imagenet_decay():
+    """None on norms, biases, position biases and 1-D parameters; all else decayed, as published."""
+    model, base, decay = build('classification/overlock-xt_8xb256_in1k')
+    assert base == 0.05
+    norms = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, (_BatchNorm, nn.LayerNorm)):
+            norms.update(f'{prefix}.{n}' for n, _ in module.named_parameters())
+    assert len(norms) > 300
+    kinds = dict(norm=0, bias=0, rpb=0, decayed=0)
+    for name, param in model.named_parameters():
+        position_bias = name.endswith(('rpb1', 'rpb2'))
+        free = name in norms or name.endswith('.bias') or param.ndim <= 1 or position_bias
+        assert decay[name] == (0.0 if free else base), name
+        kind = 'rpb' if position_bias else 'norm' if name in norms else 'bias'
+        kinds[kind if free else 'decayed'] += 1
+    assert kinds['rpb'] == 2 * 8  # two a focus block
+    assert min(kinds.values()) > 0
+
+
+def test_registry_looks_here():
+    """A broken package would only show as a name that is not found."""
+    for registry in (HOOKS, OPTIM_WRAPPER_CONSTRUCTORS):
+        registry.import_from_location()
+        assert 'mmoverlock.engine' in registry._locations
