@@ -438,7 +438,21 @@ def _allowed_globals() -> list:
     for name in names:
         module, attribute = name.rsplit('.', 1)
         found.append(getattr(importlib.import_module(module), attribute))
+    found += [(_history_method, name) for name in ('builtins.getattr', '__builtin__.getattr')]
     return found
+
+
+def _history_method(owner: type, name: str):
+    """What stands in for ``getattr`` while a checkpoint is read.
+
+    A HistoryBuffer keeps its statistics as methods, which pickle as ``getattr(HistoryBuffer, 'mean')``. That, and no
+    other use, is let through: a getattr on anything else would be a way to functions that run code.
+    """
+    from mmengine.logging import HistoryBuffer
+
+    if owner is not HistoryBuffer or name.startswith('_'):
+        raise pickle.UnpicklingError(f'GLOBAL getattr({owner!r}, {name!r}) is not allowed')
+    return getattr(owner, name)
 
 
 def read_checkpoint(path: str, map_location='cpu') -> dict:
