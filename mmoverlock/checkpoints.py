@@ -157,7 +157,11 @@ class _Names:
         return self._rename(ours, self._official)
 
 
-_BACKBONE_NAMES, _HEAD_NAMES, _BLOCK_NAMES = _Names(_BACKBONE), _Names(_HEAD), _Names(_CONTMIX_BLOCK)
+_BACKBONE_NAMES, _HEAD_NAMES, _BLOCK_NAMES = (
+    _Names(_BACKBONE),
+    _Names(_HEAD),
+    _Names(_CONTMIX_BLOCK),
+)
 _OFFICIAL_MARK, _OUR_MARK = 'patch_embed1.0.weight', 'stem.0.conv.weight'
 _OFFICIAL_BLOCK_MARK, _OUR_BLOCK_MARK = 'weight_value.0.weight', 'value.conv.weight'
 _OFFICIAL_HEAD_KEY = re.compile(r'(aux_)?head\.\d')
@@ -277,9 +281,15 @@ def adapt_backbone_state_dict(model: nn.Module, state_dict: dict, prefix: str, s
             into a dense backbone may lack the output norms and the overview branch: all of them, and only them).
     """
     if prefix == '':
-        inner = next((_prefix_of(state_dict, m) for m in (_OFFICIAL_MARK, _OUR_MARK) if _prefix_of(state_dict, m)), '')
+        inner = next(
+            (_prefix_of(state_dict, m) for m in (_OFFICIAL_MARK, _OUR_MARK) if _prefix_of(state_dict, m)),
+            '',
+        )
         if inner:
-            _replace(state_dict, {k[len(inner) :]: v for k, v in state_dict.items() if k.startswith(inner)})
+            _replace(
+                state_dict,
+                {k[len(inner) :]: v for k, v in state_dict.items() if k.startswith(inner)},
+            )
     official = prefix + _OFFICIAL_MARK in state_dict
     if official:
         renamed = {}
@@ -348,7 +358,12 @@ def _describe(state_dict: dict) -> str:
     """An OverLoCK in a few words, read off the shapes of its state dict (our names)."""
     keys = ('stem.6', 'down2', 'down3', 'down4')
     widths = [state_dict[f'{k}.conv.weight'].shape[0] if f'{k}.conv.weight' in state_dict else '?' for k in keys]
-    names = {(56, 112, 256, 336): 'XT', (64, 128, 256, 512): 'T', (64, 128, 320, 512): 'S', (80, 160, 384, 576): 'B'}
+    names = {
+        (56, 112, 256, 336): 'XT',
+        (64, 128, 256, 512): 'T',
+        (64, 128, 320, 512): 'S',
+        (80, 160, 384, 576): 'B',
+    }
     blocks = {'.'.join(k.split('.')[:2]) for k in state_dict if re.match(r'(stage|focus)\d\.', k)}
     name = names.get(tuple(widths))
     return f'OverLoCK{"-" + name if name else ""} (widths {", ".join(map(str, widths))}; {len(blocks)} blocks)'
@@ -426,7 +441,11 @@ def _allowed_globals() -> list:
     found = [argparse.Namespace]  # timm-style checkpoints keep their command line
     import numpy as np
 
-    found += [np.ndarray, np.dtype, *(type(np.dtype(t)) for t in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', '?'))]
+    found += [
+        np.ndarray,
+        np.dtype,
+        *(type(np.dtype(t)) for t in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', '?')),
+    ]
     for module in ('numpy._core.multiarray', 'numpy.core.multiarray'):
         for attribute in ('_reconstruct', 'scalar'):
             try:
@@ -458,8 +477,8 @@ def _history_method(owner: type, name: str):
 def read_checkpoint(path: str, map_location='cpu') -> dict:
     """Reads a checkpoint file without executing what is in it.
 
-    ``torch.load(weights_only=True)`` with a short list of harmless classes allowed on top: option namespaces, mmengine's
-    logs, numpy numbers.
+    ``torch.load(weights_only=True)`` with a short list of harmless classes allowed on top: option namespaces, logs of
+    mmengine, numpy numbers.
 
     Args:
         path (str): The file.
@@ -481,11 +500,19 @@ def read_checkpoint(path: str, map_location='cpu') -> dict:
         refused = re.search(r'GLOBAL (\S+)', str(error))
         if refused:
             raise UnsafeCheckpointError(
-                f'{path}: holds {refused.group(1)}, which could run code when loaded; not opened. If you trust the file, '
-                'load it with torch yourself and save its state dict alone'
+                f'{path}: holds {refused.group(1)}, which could run code when loaded; not opened. If you trust the '
+                'file, load it with torch yourself and save its state dict alone'
             ) from None
         raise CheckpointError(f'{path}: is not a checkpoint, or damaged ({_first_line(error)})') from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, OSError, IndexError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        zipfile.BadZipFile,
+        ValueError,
+        KeyError,
+        OSError,
+        IndexError,
+    ) as error:
         raise CheckpointError(f'{path}: is not a checkpoint, or damaged ({_first_line(error)})') from None
 
 
@@ -594,7 +621,5 @@ def _with_prefixes(checkpoint: dict) -> dict:
     if not is_official(state_dict):
         return checkpoint
     if _OFFICIAL_MARK in state_dict:
-        state_dict = {
-            ('head.' if _OFFICIAL_HEAD_KEY.match(k) else 'backbone.') + k: v for k, v in state_dict.items()
-        }
+        state_dict = {('head.' if _OFFICIAL_HEAD_KEY.match(k) else 'backbone.') + k: v for k, v in state_dict.items()}
     return dict(state_dict=state_dict, meta={})

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..checkpoints import adapt_block_state_dict
 from ..ops import contmix
 from .layers import (
+    GRN,
     ConvFFN,
     ConvNorm,
     DropPath,
-    GRN,
     LargeKernelConv,
     LayerNorm2d,
     LayerScale,

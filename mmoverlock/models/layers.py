@@ -186,7 +186,13 @@ class DepthwiseConv(nn.Conv2d):
     def __init__(self, channels: int, kernel_size: int, dilation: int = 1, bias: bool = False) -> None:
         padding = dilation * (kernel_size - 1) // 2
         super().__init__(
-            channels, channels, kernel_size, padding=padding, dilation=dilation, groups=channels, bias=bias
+            channels,
+            channels,
+            kernel_size,
+            padding=padding,
+            dilation=dilation,
+            groups=channels,
+            bias=bias,
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,9 +233,7 @@ class LargeKernelConv(nn.Module):
         self.conv = DepthwiseConv(channels, kernel_size, bias=deploy)
         if not deploy:
             self.bn = nn.BatchNorm2d(channels)
-            self.branches = nn.ModuleDict(
-                {f'k{k}_r{r}': _Branch(channels, k, r) for k, r in BRANCHES[kernel_size]}
-            )
+            self.branches = nn.ModuleDict({f'k{k}_r{r}': _Branch(channels, k, r) for k, r in BRANCHES[kernel_size]})
 
     @property
     def deploy(self) -> bool:

@@ -65,7 +65,9 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
     if isinstance(arch, str):
         name = _LONG_NAMES.get(arch.lower(), arch.lower())
         if name not in ARCHS:
-            raise ValueError(f'arch {arch!r} is unknown; choose from {", ".join([*ARCHS, *_LONG_NAMES])}, or give a dict')
+            raise ValueError(
+                f'arch {arch!r} is unknown; choose from {", ".join([*ARCHS, *_LONG_NAMES])}, or give a dict'
+            )
         return dict(ARCHS[name])
     if not isinstance(arch, dict):
         raise ValueError(f'arch must be a name or a dict, not {type(arch).__name__}')
@@ -90,7 +92,9 @@ def resolve_arch(arch: Union[str, dict]) -> dict:
             f'dict arch: small_kernel must be odd and at most the large kernels of stages 3 and 4, got {small!r}'
         )
     if arch['widths'][0] % 2:
-        raise ValueError(f'dict arch: the first width must be even (the stem starts with half), got {arch["widths"][0]}')
+        raise ValueError(
+            f'dict arch: the first width must be even (the stem starts with half), got {arch["widths"][0]}'
+        )
     if arch['widths'][3] % 4:
         raise ValueError(f'dict arch: the last width must be a multiple of 4 (the context has a quarter of it), got '
                          f'{arch["widths"][3]}')  # fmt: skip
@@ -162,10 +166,16 @@ class OverLoCK(BaseModule):
         if out_type not in ('pyramid', 'classification'):
             raise ValueError(f"out_type must be 'pyramid' or 'classification', got {out_type!r}")
         out_indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-        if not out_indices or any(i not in range(4) for i in out_indices) or list(out_indices) != sorted(set(out_indices)):
+        if (
+            not out_indices
+            or any(i not in range(4) for i in out_indices)
+            or list(out_indices) != sorted(set(out_indices))
+        ):
             raise ValueError(f'out_indices must be ascending numbers from 0, 1, 2, 3, got {out_indices}')
         if fuse_overview and (out_type != 'pyramid' or 3 not in out_indices):
-            raise ValueError("fuse_overview adds to map 3 of out_type='pyramid'; out_indices has no 3 or the type differs")
+            raise ValueError(
+                "fuse_overview adds to map 3 of out_type='pyramid'; out_indices has no 3 or the type differs"
+            )
         if not -1 <= frozen_stages <= 6:
             raise ValueError(f'frozen_stages must be from -1 to 6, got {frozen_stages}')
         if not 0 <= drop_path_rate < 1:
@@ -315,7 +325,10 @@ class OverLoCK(BaseModule):
     def _call(self, stage: int, block: nn.Module, *args):
         if stage in self.with_cp and torch.is_grad_enabled():
             return checkpoint(
-                block, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_kept(block))
+                block,
+                *args,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), _statistics_kept(block)),
             )
         return block(*args)
 
@@ -325,8 +338,8 @@ class OverLoCK(BaseModule):
         height, width = (-(-s // 32) for s in x.shape[2:])
         if x.shape[0] * height * width == 1:
             raise ValueError(
-                f'training on a batch of shape {tuple(x.shape)}: at stride 32 a single value a channel is left, of which '
-                'batch norm cannot take statistics. Use more or larger images, or norm_eval=True'
+                f'training on a batch of shape {tuple(x.shape)}: at stride 32 a single value a channel is left, of '
+                'which batch norm cannot take statistics. Use more or larger images, or norm_eval=True'
             )
 
     def train(self, mode: bool = True) -> 'OverLoCK':
@@ -359,7 +372,10 @@ class OverLoCK(BaseModule):
         Raises:
             CheckpointError: The file is missing or damaged, or does not fit this model.
         """
-        if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') in ('Pretrained', 'mmengine.Pretrained'):
+        if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') in (
+            'Pretrained',
+            'mmengine.Pretrained',
+        ):
             load_pretrained(self, self.init_cfg['checkpoint'], self.init_cfg.get('prefix'))
             self._is_init = True
         else:
@@ -410,10 +426,12 @@ class OverLoCK(BaseModule):
 def _statistics_kept(module: nn.Module):
     """Running statistics stay as they are: a recomputed block must not update them a second time."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    saved = [(m.momentum, m.num_batches_tracked) for m in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        # The same operation with the same saved tensors, which recomputation demands, and an update of weight zero.
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, batches) in zip(norms, saved):
+            norm.momentum, norm.num_batches_tracked = momentum, batches

@@ -64,7 +64,12 @@ def check_arguments(query, key, weight, bias, rpb1, rpb2, value) -> None:
 
     need(query.dim() == 5, 'query', query, '(batch, heads, channels, H, W)')
     batch, groups, dim, height, width = query.shape
-    need(key.dim() == 4 and key.shape[:3] == query.shape[:3], 'key', key, f'({batch}, {groups}, {dim}, cells)')
+    need(
+        key.dim() == 4 and key.shape[:3] == query.shape[:3],
+        'key',
+        key,
+        f'({batch}, {groups}, {dim}, cells)',
+    )
     windows = []
     for name, rpb in (('rpb1', rpb1), ('rpb2', rpb2)):
         fits = rpb.dim() == 3 and rpb.shape[0] == groups and rpb.shape[1] == rpb.shape[2] and rpb.shape[1] % 4 == 1
@@ -74,7 +79,12 @@ def check_arguments(query, key, weight, bias, rpb1, rpb2, value) -> None:
     need(weight.shape == (logits, cells), 'weight', weight, f'({logits}, {cells})')
     need(bias.shape == (logits,), 'bias', bias, f'({logits},)')
     fits = value.dim() == 4 and value.shape[0] == batch and value.shape[2:] == query.shape[3:]
-    need(fits and value.shape[1] % (2 * groups) == 0, 'value', value, f'({batch}, n*{2 * groups}, {height}, {width})')
+    need(
+        fits and value.shape[1] % (2 * groups) == 0,
+        'value',
+        value,
+        f'({batch}, n*{2 * groups}, {height}, {width})',
+    )
     if min(height, width) < max(windows):
         raise ValueError(
             f'contmix: a {height}x{width} map is smaller than the {max(windows)}x{max(windows)} window; resize it first'

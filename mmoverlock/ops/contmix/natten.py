@@ -5,7 +5,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .reference import affinity_logits, mix_rows
+from .reference import affinity_logits, mix_rows, no_autocast
 
 
 def _na2d_av():
@@ -19,7 +19,9 @@ def refuse(query: Tensor, *_) -> Optional[str]:
     try:
         _na2d_av()
     except Exception as error:  # a NATTEN built for another torch fails with more than ImportError
-        return f"needs NATTEN 0.17.x, the last with na2d_av ({type(error).__name__}: {error}); the 'auto' backend does not"
+        return (
+            f"needs NATTEN 0.17.x, the last with na2d_av ({type(error).__name__}: {error}); the 'auto' backend does not"
+        )
     return None
 
 
@@ -35,7 +37,7 @@ def contmix_natten(query, key, weight, bias, rpb1, rpb2, value) -> Tensor:
 
     out_dtype = value.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query.device.type):
         groups = query.shape[1]
         logits = affinity_logits(*(t.to(dtype) for t in (query, key, weight, bias)))
         small, large = value.unflatten(1, (2, groups, -1)).unbind(1)

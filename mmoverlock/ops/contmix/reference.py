@@ -1,6 +1,7 @@
 """ContMix in plain PyTorch: the definition that every fast form is tested against."""
 
 import math
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Callable, Tuple
 
@@ -109,6 +110,13 @@ def mix_rows(
     return torch.cat([out1.flatten(1, 2), out2.flatten(1, 2)], dim=1)
 
 
+def no_autocast(device_type: str):
+    """A context without autocast: the operator chooses its own precision."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 def affinity_logits(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Kernel logits of every position: affinities to the key cells, projected to s²+K² numbers.
 
@@ -127,7 +135,13 @@ def affinity_logits(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) ->
 
 
 def contmix_reference(
-    query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, value: Tensor
+    query: Tensor,
+    key: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rpb1: Tensor,
+    rpb2: Tensor,
+    value: Tensor,
 ) -> Tensor:
     """The definition of ContMix (paper section 3.3); arguments as :func:`mmoverlock.ops.contmix`.
 
@@ -136,7 +150,7 @@ def contmix_reference(
     """
     out_dtype = value.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    with no_autocast(query.device.type):
         query, key, weight, bias, rpb1, rpb2, value = (
             t.to(dtype) for t in (query, key, weight, bias, rpb1, rpb2, value)
         )

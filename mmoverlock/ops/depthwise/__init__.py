@@ -19,7 +19,11 @@ register(
 
 
 def depthwise_conv2d(
-    x: Tensor, weight: Tensor, bias: Optional[Tensor] = None, dilation: int = 1, backend: str = 'auto'
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    dilation: int = 1,
+    backend: str = 'auto',
 ) -> Tensor:
     """Convolves every channel with a kernel of its own; stride 1, zero-padded so that the size is kept.
 

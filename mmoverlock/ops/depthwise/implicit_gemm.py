@@ -1,4 +1,4 @@
-"""Depthwise convolution by the CUDA extension ``depthwise_conv2d_implicit_gemm``. Optional; used only when asked for."""
+"""Depthwise convolution by the CUDA extension ``depthwise_conv2d_implicit_gemm``: optional, used when asked for."""
 
 from typing import Optional
 
