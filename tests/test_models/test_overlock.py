@@ -1,5 +1,8 @@
 import copy
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ from mmoverlock import ContMixBlock, OverLoCK
 from mmoverlock.checkpoints import to_official
 from mmoverlock.models import ARCHS
 from mmoverlock.models.layers import DropPath
+
+ROOT = Path(__file__).parents[2]
 
 # Stated in the paper's code base: channels of the dense maps.
 DENSE_CHANNELS = {
@@ -305,3 +310,17 @@ def test_contmix_block_trains_on_any_map_size():
     assert not [k for k, p in block.named_parameters() if p.grad is None]
     with pytest.raises(ValueError, match='divisible by 4'):
         ContMixBlock(18, num_heads=2)
+
+
+def test_memory_of_a_detection_picture_on_cpu():
+    """The definition must not explode: the logits and windows of all positions at once would."""
+    code = (
+        'import resource, torch\n'
+        'from mmoverlock import OverLoCK\n'
+        'model = OverLoCK("xt", fuse_overview=True).eval()\n'
+        'with torch.no_grad(): model(torch.randn(1, 3, 800, 1280))\n'
+        'print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n'
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=500)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) * 1024 < 6 * 2**30
