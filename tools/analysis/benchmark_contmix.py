@@ -1,0 +1,339 @@
+"""Checks ContMix on a GPU against its definition in float64, then times it. A figure is printed only if the check passed.
+
+    python tools/analysis/benchmark_contmix.py                       # check, time, memory
+    python tools/analysis/benchmark_contmix.py --only check
+    python tools/analysis/benchmark_contmix.py --only tune linear --json contmix.json
+
+Times are medians in milliseconds: ``eager`` between events as a training step sees it, ``graph`` replayed from a CUDA
+graph, which leaves out the launches from Python.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # the check asks for deterministic algorithms
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from mmoverlock.ops.contmix import contmix, reference  # noqa: E402
+from mmoverlock.ops.contmix import triton as fused  # noqa: E402
+
+NAMES = ('query', 'key', 'weight', 'bias', 'rpb1', 'rpb2', 'value')
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+# batch, heads, head width of the queries, H, W, small window, large window, cells, head width of the values
+CASES = {
+    'T 224 /16': (128, 8, 16, 14, 14, 5, 13, 49, 16),
+    'T 800x1280 /16': (2, 8, 16, 50, 80, 5, 13, 49, 16),
+    'T 224 /32': (128, 16, 16, 7, 7, 5, 7, 49, 16),
+    'T 800x1280 /32': (2, 16, 16, 25, 40, 5, 7, 49, 16),
+}
+SHAPES = [
+    (2, 3, 16, 14, 14, 5, 13, 49, 16),
+    (1, 8, 16, 50, 80, 5, 13, 49, 16),
+    (3, 12, 14, 7, 7, 5, 7, 49, 14),  # the map is the window
+    (1, 18, 16, 13, 29, 5, 13, 49, 16),  # H is the window, one pixel over a tile would be 33
+    (2, 4, 32, 17, 33, 5, 13, 49, 32),
+    (2, 2, 10, 19, 13, 5, 13, 36, 10),  # W is the window
+    (1, 1, 8, 16, 49, 3, 11, 7, 24),
+    (2, 5, 3, 31, 15, 7, 15, 64, 5),
+    (1, 2, 64, 9, 44, 1, 9, 1, 40),
+    (1, 16, 16, 25, 40, 5, 7, 49, 16),
+]
+
+
+def draw(shape, dtype, parameters=torch.float32, scale=1.0, channels_last=False, seed=0):
+    """Random arguments of contmix: query, key and value in ``dtype``, what are parameters in ``parameters``."""
+    batch, groups, dim, height, width, small, large, cells, channels = shape
+    generator = torch.Generator('cuda').manual_seed(seed)
+
+    def normal(*size, std=1.0, to=dtype):
+        return (torch.randn(*size, generator=generator, device='cuda') * std).to(to)
+
+    tensors = [
+        normal(batch, groups * dim, height, width, std=dim**-0.5 * scale),
+        normal(batch, groups, dim, cells),
+        normal(small**2 + large**2, cells, std=cells**-0.5 * 2, to=parameters),
+        normal(small**2 + large**2, to=parameters),
+        normal(groups, 2 * small - 1, 2 * small - 1, to=parameters),
+        normal(groups, 2 * large - 1, 2 * large - 1, to=parameters),
+        normal(batch, 2 * groups * channels, height, width),
+    ]
+    if channels_last:
+        tensors[0], tensors[6] = (t.contiguous(memory_format=torch.channels_last) for t in (tensors[0], tensors[6]))
+    tensors[0] = tensors[0].unflatten(1, (groups, dim))
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+def error(ours, exact):
+    """‖ours − exact‖ / ‖exact‖ in float64; NaN when ours has one."""
+    return ((ours.double() - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def check_one(shape, dtype, **options):
+    """Errors of the output and of the seven gradients, with every uninitialised tensor poisoned with NaN."""
+    args = draw(shape, dtype, **options)
+    exact = [a.detach().double().requires_grad_() for a in args]
+    expected = reference.contmix_reference(*exact)
+    cotangent = torch.randn_like(args[-1])
+    gradients = torch.autograd.grad(expected, exact, cotangent.double())
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        out = contmix(*args, backend='triton')
+        found = torch.autograd.grad(out, args, cotangent)
+        again = torch.autograd.grad(contmix(*args, backend='triton'), args, cotangent)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    errors = {'out': error(out.detach(), expected.detach())}
+    for name, a, b, c in zip(NAMES, found, gradients, again):
+        errors[name] = error(a, b) if torch.equal(a, c) else float('nan')
+    return errors
+
+
+def check():
+    """Runs the sweep; returns whether every error is within its tolerance."""
+    passed = True
+    print(f'{"shape":44} {"":22}', *(f'{n:>7}' for n in ('out', *NAMES)))
+    runs = [(s, d, dict(seed=n)) for n, s in enumerate(SHAPES) for d in TOLERANCE]
+    runs += [(SHAPES[n], d, dict(channels_last=True)) for n in (0, 2, 4) for d in TOLERANCE]
+    runs += [(SHAPES[n], d, dict(parameters=d)) for n in (1, 3) for d in (torch.float16, torch.bfloat16)]
+    for shape, dtype, options in runs:
+        errors = check_one(shape, dtype, **options)
+        good = all(e <= TOLERANCE[dtype] for e in errors.values())
+        passed &= good
+        note = ' '.join(str(v).replace('torch.', '') for k, v in options.items() if k != 'seed')
+        label = f'{str(dtype)[6:]:9}{"CL" if note == "True" else note:9}{"" if good else "BAD"}'
+        print(f'{str(shape):44} {label:22}', *(f'{e:7.1e}' for e in errors.values()), flush=True)
+    # Logits of +-1e4: a softmax of nearly one element. What float32 can give is set by the rounding of the logits.
+    for dtype in TOLERANCE:
+        args = draw(SHAPES[0], dtype, scale=3000.0)
+        exact = [a.detach().double().requires_grad_() for a in args]
+        cotangent = torch.randn_like(args[-1])
+        results = []
+        for inputs, function in ((exact, reference.contmix_reference), (args, fused.contmix_triton)):
+            out = function(*inputs)
+            results.append([out.detach(), *torch.autograd.grad(out, inputs, cotangent.to(out.dtype))])
+        single = [a.detach().float().requires_grad_() for a in args]
+        out = reference.contmix_reference(*single)
+        results.append([out.detach(), *torch.autograd.grad(out, single, cotangent.float())])
+        logits = reference.affinity_logits(*(a.detach().double() for a in args[:4])).abs().max()
+        for name, result in (('fused', results[1]), ('float32 definition', results[2])):
+            errors = [error(a, b) for a, b in zip(result, results[0])]
+            print(f'{f"logits to {logits:.0f}, {str(dtype)[6:]}, {name}":67}', *(f'{e:7.1e}' for e in errors))
+        passed &= all(torch.isfinite(t).all().item() for t in results[1])
+        passed &= error(results[1][0], results[0][0]) <= max(TOLERANCE[dtype], 2e-3)
+    print('check', 'passed' if passed else 'FAILED', flush=True)
+    return passed
+
+
+def composition(query, key, weight, bias, rpb1, rpb2, value):
+    """The official composition in PyTorch operators: half-precision products, softmax in float32, logits in memory."""
+    batch, groups, _, height, width = query.shape
+    affinity = torch.einsum('bgdp,bgdl->bgpl', query.flatten(3), key)
+    logits = F.linear(affinity, weight.to(query.dtype), bias.to(query.dtype)).unflatten(2, (height, width)).float()
+    small, large = value.unflatten(1, (2, groups, -1)).unbind(1)
+
+    def window_sum(attn, values, row0):
+        return reference.window_sum(attn.to(values.dtype), values, row0)
+
+    return reference.mix_rows(logits, rpb1, rpb2, small, large, 0, window_sum)
+
+
+def median(function, repeats=20, inner=5):
+    """Median time in ms of ``function`` between CUDA events, ``inner`` calls at a time."""
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(inner):
+            function()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / inner)
+    return statistics.median(times)
+
+
+def graphed(function):
+    """``function`` recorded as a CUDA graph; returns its replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def steps(function, args):
+    """Forward alone, and forward with the gradients of all arguments."""
+    cotangent = torch.randn_like(args[-1])
+
+    def forward():
+        with torch.no_grad():
+            function(*args)
+
+    def both():
+        torch.autograd.grad(function(*args), args, cotangent)
+
+    return forward, both
+
+
+def peak(function, args):
+    """Bytes of forward and backward at their peak, beyond arguments, output and gradients."""
+    cotangent = torch.randn_like(args[-1])
+    out = function(*args)
+    grads = torch.autograd.grad(out, args, cotangent)
+    results = sum(t.untyped_storage().nbytes() for t in (out, *grads))
+    del out, grads
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = function(*args)
+    grads = torch.autograd.grad(out, args, cotangent)
+    return torch.cuda.max_memory_allocated() - before - results
+
+
+def floors(shape, size):
+    """Least time in ms of forward and of both by bytes (4.3 TB/s) and by operations (400 TFLOP/s, mma.sync fp16)."""
+    batch, groups, dim, height, width, small, large, cells, channels = shape
+    places, logits = batch * groups * height * width, small**2 + large**2
+    forward_bytes = places * size * (dim + 4 * channels) + batch * groups * dim * cells * size
+    both_bytes = forward_bytes + places * size * (2 * dim + 6 * channels)
+    forward = 2 * places * logits * (dim + channels) + 2 * batch * groups * dim * cells * logits
+    both = forward + 2 * places * logits * (3 * dim + 2 * channels) + 6 * batch * groups * dim * cells * logits
+    return {
+        'bytes': (forward_bytes / 4.3e9, both_bytes / 4.3e9),
+        'operations': (forward / 400e9, both / 400e9),
+    }
+
+
+def time_cases(dtypes, cases, slow):
+    """Prints and returns the table of times and memory."""
+    rows = []
+    for (name, shape), dtype, last in itertools.product(cases.items(), dtypes, (False, True)):
+        if last and dtype is not torch.float16:
+            continue
+        args = draw(shape, dtype, channels_last=last)
+        row = dict(case=name, dtype=str(dtype)[6:], layout='channels-last' if last else 'contiguous')
+        contenders = {'fused': fused.contmix_triton}
+        if slow and not last and dtype is torch.float16:
+            contenders['composition'] = composition
+        for label, function in contenders.items():
+            forward, both = steps(function, args)
+            row[f'{label} forward eager'] = median(forward)
+            row[f'{label} both eager'] = median(both)
+            if label == 'fused':
+                row[f'{label} forward graph'] = median(graphed(forward))
+                row[f'{label} both graph'] = median(graphed(both))
+            batch, groups, _, height, width, small, large, *_ = shape
+            logits = 4 * batch * groups * height * width * (small**2 + large**2)
+            row[f'{label} memory, share of fp32 logits'] = peak(function, args) / logits
+        for kind, (forward_floor, both_floor) in floors(shape, args[-1].element_size()).items():
+            row[f'floor {kind} forward'], row[f'floor {kind} both'] = forward_floor, both_floor
+        rows.append(row)
+        print(f'{name}, {row["dtype"]}, {row["layout"]}')
+        for key, value in row.items():
+            if isinstance(value, float):
+                print(f'    {key:44} {value:8.4f}')
+        sys.stdout.flush()
+    return rows
+
+
+def profile(cases, dtype=torch.float16):
+    """Prints the kernels of one forward and backward."""
+    for name, shape in cases.items():
+        args = draw(shape, dtype)
+        _, both = steps(fused.contmix_triton, args)
+        for _ in range(3):
+            both()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+            for _ in range(10):
+                both()
+            torch.cuda.synchronize()
+        print(f'{name}: microseconds a step')
+        for event in sorted(prof.key_averages(), key=lambda e: -e.device_time_total)[:12]:
+            print(f'    {event.device_time_total / 10:8.1f} {event.count / 10:5.1f}x  {event.key[:90]}')
+        sys.stdout.flush()
+
+
+def tune(cases, dtype=torch.float16):
+    """Times every kernel under several launch parameters."""
+    kept = fused.TUNING
+    for name, shape in cases.items():
+        args = draw(shape, dtype)
+        _, both = steps(fused.contmix_triton, args)
+        print(name)
+        options = [dict(warps=(w, w, w)) for w in (1, 2, 4, 8)]
+        options += [dict(warps=(4, 8, w), rows=r) for w in (2, 4, 8) for r in (4, 8)]
+        options += [dict(warps=(4, 8, 8), columns=16), dict(warps=(4, 8, 4), columns=16, rows=8)]
+        for option in options:
+            fused.TUNING = dataclasses.replace(kept, **option)
+            try:
+                both()
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+                    for _ in range(5):
+                        both()
+                    torch.cuda.synchronize()
+            except Exception as problem:  # a launch that does not fit is a result, too
+                print(f'    {option}: {type(problem).__name__} {str(problem)[:100]}')
+                continue
+            times = {e.key: e.device_time_total / 5 for e in prof.key_averages() if e.key.endswith('_kernel')}
+            print('   ', option, {k: round(v, 1) for k, v in times.items()}, flush=True)
+        fused.TUNING = kept
+
+
+def linear(dtype=torch.float16):
+    """Time against the size of the map, for the plot."""
+    rows = []
+    for side in (14, 32, 48, 64, 96, 128, 192, 256):
+        args = draw((1, 8, 16, side, side, 5, 13, 49, 16), dtype)
+        forward, both = steps(fused.contmix_triton, args)
+        row = dict(side=side, forward=median(graphed(forward)), both=median(graphed(both)))
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ('check', 'time', 'profile', 'tune', 'linear')
+    parser.add_argument('--only', nargs='+', choices=parts, default=['check', 'time', 'profile'])
+    parser.add_argument('--cases', nargs='+', choices=list(CASES), default=list(CASES))
+    parser.add_argument('--no-baseline', action='store_true', help='leave out the composition of PyTorch operators')
+    parser.add_argument('--json', help='file for all numbers')
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error('this script needs a CUDA device')
+    cases = {name: CASES[name] for name in args.cases}
+    result = dict(device=torch.cuda.get_device_name(), torch=torch.__version__)
+    print(result)
+    passed = check() if 'check' in args.only else True
+    if 'profile' in args.only and passed:
+        profile(cases)
+    if 'time' in args.only and passed:
+        result['time'] = time_cases((torch.float16, torch.bfloat16), cases, not args.no_baseline)
+    if 'tune' in args.only and passed:
+        tune(cases)
+    if 'linear' in args.only and passed:
+        result['linear'] = linear()
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1))
+    sys.exit(not passed)
+
+
+if __name__ == '__main__':
+    main()
