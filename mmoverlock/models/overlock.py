@@ -284,6 +284,9 @@ class OverLoCK(BaseModule):
             ValueError: While training, the batch is so small that a batch norm would see a single value.
         """
         self._check_batch(x)
+        if x.device.type == 'cpu':
+            # PyTorch's CPU depthwise convolutions are up to 20 times faster in this format; the layers keep it.
+            x = x.contiguous(memory_format=torch.channels_last)
         # Base-Net
         x1 = self._run(1, self.stage1, self.stem(x))
         x2 = self._run(2, self.stage2, self.down2(x1))
