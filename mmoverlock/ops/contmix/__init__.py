@@ -6,10 +6,14 @@ from ..backends import Backend, dispatch, register
 from .natten import contmix_natten
 from .natten import refuse as refuse_natten
 from .reference import contmix_reference
+from .triton import contmix_triton
+from .triton import refuse as refuse_triton
 
 register(
     'contmix',
     [
+        # Checked with Triton's interpreter and compiled for sm_90, not yet run on a GPU: only when asked for.
+        Backend('triton', contmix_triton, refuse_triton, auto=False),
         Backend('reference', contmix_reference, lambda *args: None),
         Backend('natten', contmix_natten, refuse_natten, auto=False),
     ],
@@ -41,8 +45,8 @@ def contmix(
         rpb1 (Tensor): (G, 2s-1, 2s-1) position bias of the small window. Its shape says s, which is odd.
         rpb2 (Tensor): (G, 2K-1, 2K-1) position bias of the large window.
         value (Tensor): (B, C, H, W); C a multiple of 2 G. Any float type; the result has the same.
-        backend (str): ``'auto'`` (the fastest that accepts the call), ``'reference'``, ``'natten'``. The environment
-            variable ``MMOVERLOCK_BACKEND`` overrides ``'auto'``. Defaults to ``'auto'``.
+        backend (str): ``'auto'`` (the fastest that accepts the call), ``'triton'``, ``'reference'``, ``'natten'``. The
+            environment variable ``MMOVERLOCK_BACKEND`` overrides ``'auto'``. Defaults to ``'auto'``.
 
     Returns:
         Tensor: (B, C, H, W): first the channels of the small kernel, then those of the large one.
