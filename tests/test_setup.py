@@ -152,69 +152,116 @@ def test_interrupting_ends_the_command(env, monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def fake_venv(tmp_path):
-    """An environment whose uv logs how it was called and whose python works as ``state`` says."""
+def fake_venv(tmp_path, monkeypatch):
+    """An environment whose programs log how they were called.
+
+    Its torch is 2.11 for Python 3.11 on ``target``. Compiling writes a wheel that says ``compiled``;
+    of the wheels that get installed, those that say ``bad`` lack the operators.
+    """
     venv = tmp_path / 'venv'
-    state = venv / 'state'
-    program(
-        venv / 'bin/uv',
-        f'echo "ops=$MMCV_WITH_OPS $*" >> {venv}/calls\n'
-        f'case "$*" in *--reinstall-package*) cp {state}.again {state};; esac\n'
-        f'[ -e {venv}/broken ] && echo "fatal error: out of memory" && exit 1\nexit 0',
-    )
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    monkeypatch.delenv('MAX_JOBS', raising=False)
+    program(venv / 'bin/uv', f'for wheel; do :; done; echo uv "$@" >> {venv}/calls; cp $wheel {venv}/it')
     program(
         venv / 'bin/python',
-        f'[ "$(cat {state})" = good ] || {{ echo "No module named mmcv._ext"; exit 1; }}',
+        f"""
+        case "$*" in
+        *'pip wheel'*)
+            echo "ops=$MMCV_WITH_OPS gpus=$CUDA_VISIBLE_DEVICES python $*" >> {venv}/calls
+            echo "[7/77] c++ -c nms.cpp"
+            [ -e {venv}/broken ] && echo "fatal error: out of memory" && exit 1
+            while [ "$1" != --wheel-dir ]; do shift; done
+            cat {venv}/compiles > $2/mmcv-2.1.0-cp311.whl;;
+        *__version__*) echo "torch2.11.0-cp311 $(cat {venv}/target)";;
+        *) [ "$(cat {venv}/it)" = bad ] && echo "No module named mmcv._ext" && exit 1;;
+        esac
+        exit 0""",
     )
-    state.write_text('good')
-    state.with_name('state.again').write_text('good')
+    (venv / 'target').write_text('cpu')
+    (venv / 'compiles').write_text('compiled')
     return venv
 
 
-def test_mmcv_is_built_with_operators_against_the_torch_in_use(env, fake_venv):
+def kept(venv, target='cpu'):
+    """Where the wheel that the fake environment compiles is kept."""
+    return venv.parent / f'cache/mmoverlock/mmcv-2.1.0-torch2.11.0-cp311-{target}/mmcv-2.1.0-cp311.whl'
+
+
+def compilations(venv):
+    calls = (venv / 'calls').read_text().splitlines()
+    return [call for call in calls if 'pip wheel' in call]
+
+
+def test_mmcv_is_compiled_with_operators_against_the_torch_in_use(env, fake_venv):
     env.install_mmcv(fake_venv, 'openmmlab')
-    (call,) = (fake_venv / 'calls').read_text().splitlines()
-    assert call == 'ops=1 pip install --no-deps --no-build-isolation mmcv==2.1.0'
+    (call,) = compilations(fake_venv)
+    assert call.startswith('ops=1 ') and call.endswith(' mmcv==2.1.0')
+    assert '--no-build-isolation' in call and '--no-cache-dir' in call
+    assert kept(fake_venv).read_text() == 'compiled'
 
 
-def test_mmcv_without_operators_is_built_again(env, fake_venv, capsys):
-    (fake_venv / 'state').write_text('bad')
-    env.install_mmcv(fake_venv, 'onedl')
-    first, second = (fake_venv / 'calls').read_text().splitlines()
-    assert 'reinstall' not in first
-    assert second.endswith('onedl-mmcv==2.3.6 --reinstall-package onedl-mmcv')
-    assert 'No module named mmcv._ext' in capsys.readouterr().out
+def test_mmcv_is_compiled_once(env, fake_venv, capsys):
+    kept(fake_venv).parent.mkdir(parents=True)
+    kept(fake_venv).write_text('good')
+    env.install_mmcv(fake_venv, 'openmmlab')
+    assert not compilations(fake_venv)
+    assert (fake_venv / 'it').read_text() == 'good'
+    assert 'compiled earlier' in capsys.readouterr().out
 
 
-def test_mmcv_that_stays_without_operators_is_an_error(env, fake_venv):
-    (fake_venv / 'state').write_text('bad')
-    (fake_venv / 'state.again').write_text('bad')
-    with pytest.raises(env.SetupError, match=r'mmcv\._ext.*uv cache clean mmcv'):
+def test_kept_mmcv_without_operators_is_compiled_again(env, fake_venv, capsys):
+    kept(fake_venv).parent.mkdir(parents=True)
+    kept(fake_venv).write_text('bad')
+    env.install_mmcv(fake_venv, 'openmmlab')
+    assert len(compilations(fake_venv)) == 1
+    assert kept(fake_venv).read_text() == 'compiled'
+    assert 'does not work (No module named mmcv._ext)' in capsys.readouterr().out
+
+
+def test_mmcv_for_another_torch_or_target_is_not_taken(env, fake_venv):
+    env.install_mmcv(fake_venv, 'openmmlab')
+    (fake_venv / 'target').write_text('cuda')
+    env.install_mmcv(fake_venv, 'openmmlab')
+    assert len(compilations(fake_venv)) == 2
+    assert kept(fake_venv, 'cuda').exists()
+
+
+def test_compiled_mmcv_without_operators_is_an_error_and_not_kept(env, fake_venv):
+    (fake_venv / 'compiles').write_text('bad')
+    with pytest.raises(env.SetupError, match=r'mmcv\._ext.*make clean-env setup'):
         env.install_mmcv(fake_venv, 'openmmlab')
+    assert not kept(fake_venv).exists()
 
 
 def test_failed_compilation_shows_the_end_of_the_log(env, fake_venv):
     (fake_venv / 'broken').touch()
     with pytest.raises(env.SetupError, match='(?s)fatal error: out of memory.*MAX_JOBS=1'):
         env.install_mmcv(fake_venv, 'openmmlab')
+    assert not kept(fake_venv).exists()
 
 
-def test_gpu_without_toolkit_is_compiled_for_cpu(env, monkeypatch, fake_venv, capsys):
-    monkeypatch.setattr(env, 'ask_python', lambda *_: (0, 'gpu without toolkit'))
-    assert env.mmcv_build_environment(fake_venv)['CUDA_VISIBLE_DEVICES'] == ''
-    assert 'CUDA_HOME' in capsys.readouterr().out
-    monkeypatch.setattr(env, 'ask_python', lambda *_: (0, 'fine'))
-    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-    assert 'CUDA_VISIBLE_DEVICES' not in env.mmcv_build_environment(fake_venv)
+def test_gpu_without_toolkit_is_compiled_for_cpu(env, fake_venv, capsys):
+    (fake_venv / 'target').write_text('no-toolkit')
+    env.install_mmcv(fake_venv, 'openmmlab')
+    assert 'gpus= ' in compilations(fake_venv)[0]
+    assert 'set CUDA_HOME' in capsys.readouterr().out
+    assert kept(fake_venv, 'cpu').exists()
+
+
+def test_progress_is_what_ninja_says(env, tmp_path):
+    log = tmp_path / 'log'
+    log.write_text('building\n')
+    assert env.compiled_files(log) == ''
+    log.write_text('  [1/77] c++ a.cpp\n  [12/77] c++ b.cpp [3/4]\n')
+    assert env.compiled_files(log) == '12 of 77 files, '
 
 
 def test_operators_work_here(env):
     """The probes themselves, on the environment that runs the tests."""
     assert env.probe_mmcv(Path(sys.prefix)) == ''
-    assert env.ask_python(Path(sys.prefix), env.PROBE_CUDA) in [
-        (0, 'fine'),
-        (0, 'gpu without toolkit'),
-    ]
+    status, answer = env.ask_python(Path(sys.prefix), env.PROBE_TORCH)
+    assert status == 0
+    assert re.fullmatch(r'torch2\.\S+-cp3\d+ (cpu|cuda|no-toolkit)', answer)
 
 
 # -- the whole ---------------------------------------------------------------------------------

@@ -6,8 +6,8 @@
 Needs Python 3.10-3.12 with its headers, a C++ compiler and a package index; nothing else. Installs the versions pinned
 in ``requirements/<line>.txt``, compiles mmcv with its operators against the torch just installed, and installs this
 package in editable form. A finished environment is recognised by its stamp, and then nothing is done. Anything else
-(changed pins, an interrupted set-up) is made again from the start: uv keeps what was downloaded and compiled in its
-cache, so that takes seconds.
+(changed pins, an interrupted set-up) is made again from the start, which takes seconds: uv keeps what it downloaded,
+and the compiled mmcv is kept in ``~/.cache/mmoverlock``, a folder for each torch and Python that it was made with.
 
 Standard library only, and no syntax newer than Python 3.7: it must be able to say that the Python is too old.
 """
@@ -17,6 +17,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -47,10 +48,14 @@ boxes = torch.tensor([[0., 0., 2., 2.], [0., 0., 2., 2.]])
 if len(nms(boxes, torch.tensor([1., .5]), .5)[1]) != 1:
     raise SystemExit('mmcv.ops.nms gives a wrong result')
 """
-PROBE_CUDA = """
-import torch
+# What mmcv would be compiled against, and for.
+PROBE_TORCH = """
+import os, sys, torch
 from torch.utils.cpp_extension import CUDA_HOME
-print('gpu without toolkit' if torch.cuda.is_available() and not CUDA_HOME else 'fine')
+gpu = torch.cuda.is_available()
+forced = os.getenv('FORCE_CUDA') == '1'
+target = 'cuda' if forced or gpu and CUDA_HOME else 'no-toolkit' if gpu else 'cpu'
+print(f'torch{torch.__version__}-cp{sys.version_info[0]}{sys.version_info[1]}', target)
 """
 
 
@@ -105,9 +110,7 @@ def check_compiler():
     cure = 'Install one: `apt-get install g++` (Debian, Ubuntu), `dnf install gcc-c++` (Fedora).'
     name = os.environ.get('CXX') or 'c++'  # what torch calls
     if not shutil.which(name.split()[0]):
-        raise SetupError(
-            f'no C++ compiler (`{name}` is not on the PATH), so mmcv cannot be compiled. {cure}'
-        )
+        raise SetupError(f'no C++ compiler (`{name}` is not on the PATH), so mmcv cannot be compiled. {cure}')
     probe = b'#include <optional>\nint main() { return std::optional<int>(0).value(); }\n'
     command = name.split() + ['-std=c++17', '-x', 'c++', '-fsyntax-only', '-']
     result = subprocess.run(command, input=probe, capture_output=True)
@@ -146,9 +149,7 @@ def run(venv, command, doing):
     command = [f'{venv}/bin/{command[0]}', *command[1:]]
     result = subprocess.run(command, env=environment(venv), stdin=subprocess.DEVNULL, cwd=ROOT)
     if result.returncode != 0:
-        raise SetupError(
-            f'{doing} failed, its messages are above. The command: {" ".join(command)}'
-        )
+        raise SetupError(f'{doing} failed, its messages are above. The command: {" ".join(command)}')
 
 
 def run_with_heartbeat(command, env, log, doing, every=HEARTBEAT_S):
@@ -173,12 +174,18 @@ def run_with_heartbeat(command, env, log, doing, every=HEARTBEAT_S):
                 time.sleep(0.2)
                 if time.time() - last >= every:
                     last = time.time()
-                    say(f'{doing}: {minutes(last - start)} so far')
+                    say(f'{doing}: {compiled_files(log)}{minutes(last - start)} so far')
         finally:
             if child.poll() is None:  # we are being interrupted
                 os.killpg(child.pid, signal.SIGTERM)
                 child.wait()
     return child.returncode
+
+
+def compiled_files(log):
+    """How far the compilation is, from the ``[n/m]`` that ninja prints, or an empty string."""
+    steps = re.findall(rb'^ *\[(\d+)/(\d+)\]', log.read_bytes(), re.MULTILINE)
+    return '{} of {} files, '.format(*(int(n) for n in steps[-1])) if steps else ''
 
 
 def ask_python(venv, code):
@@ -264,7 +271,13 @@ def probe_mmcv(venv):
     return '' if status == 0 else answer or f'exit status {status}'
 
 
-def mmcv_build_environment(venv):
+def wheel_folder(requirement, built_with):
+    """Where the compiled mmcv is kept: what fits one torch and Python is of no use to another."""
+    cache = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return Path(cache) / 'mmoverlock' / f'{requirement.replace("==", "-")}-{built_with}'
+
+
+def build_environment(venv, for_cpu):
     """The variables that the build of mmcv reads."""
     env = environment(venv)
     env['MMCV_WITH_OPS'] = '1'
@@ -272,49 +285,88 @@ def mmcv_build_environment(venv):
     memory_gib = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
     jobs = min(len(os.sched_getaffinity(0)), int(memory_gib / 2))
     env.setdefault('MAX_JOBS', str(max(1, jobs)))
-    if ask_python(venv, PROBE_CUDA)[1] == 'gpu without toolkit':
-        say(
-            "there is a GPU but no CUDA toolkit (nvcc), so mmcv's operators are compiled for the CPU only. Detectors "
-            "need them on the GPU: install the toolkit of torch's CUDA version, set CUDA_HOME, and run "
-            '`make clean-env setup`'
-        )
-        env['CUDA_VISIBLE_DEVICES'] = ''  # seeing the GPU, mmcv would compile for CUDA, and fail
+    if for_cpu:
+        env['CUDA_VISIBLE_DEVICES'] = ''  # seeing a GPU, mmcv would compile for CUDA
     return env
+
+
+def compile_mmcv(venv, requirement, env, into):
+    """Compile mmcv's wheel.
+
+    Args:
+        venv (Path): The environment whose torch it is compiled against.
+        requirement (str): Name and version of the package.
+        env (dict): The variables of :func:`build_environment`.
+        into (Path): An empty folder for the wheel.
+
+    Returns:
+        Path: The wheel.
+
+    Raises:
+        SetupError: If it does not compile.
+    """
+    log = venv / 'mmcv-build.log'
+    jobs = env['MAX_JOBS']
+    say(f'compiling {requirement} with its operators, {jobs} files at a time; log: {log}')
+    say('this is done once, and takes 9-13 minutes on 2 cores')
+    # Without isolation the build sees the environment's torch. In isolation it would see none, leave the operators
+    # out and say nothing. No cache: pip's does not ask which torch a wheel was compiled against.
+    command = [f'{venv}/bin/python', '-m', 'pip', 'wheel', '--verbose', '--no-deps', '--use-pep517']
+    command += ['--no-build-isolation', '--no-cache-dir', '--no-binary', ':all:']
+    command += ['--wheel-dir', str(into), requirement]
+    status = run_with_heartbeat(command, env, log, f'compiling {requirement}')
+    wheels = list(into.glob('*.whl'))
+    if status != 0 or len(wheels) != 1:
+        tail = '\n'.join(log.read_text(errors='replace').splitlines()[-30:])
+        raise SetupError(
+            f'{requirement} did not compile. The end of {log}:\n{tail}\n'
+            'If a compiler was killed, memory ran out: `make setup MAX_JOBS=1` takes less of it.'
+        )
+    return wheels[0]
 
 
 def install_mmcv(venv, line):
     """Install mmcv, compiled with its operators against the torch of the environment."""
     requirement = MMCV[line]
-    name = requirement.split('==')[0]
-    log = venv / 'mmcv-build.log'
-    env = mmcv_build_environment(venv)
-    # Without isolation the build sees the environment's torch. In isolation it would see none, leave the operators
-    # out and say nothing.
-    command = [f'{venv}/bin/uv', 'pip', 'install', '--no-deps', '--no-build-isolation', requirement]
-    doing = f'compiling {requirement} with its operators (once; expect 9-13 minutes on 2 cores)'
-    jobs = env['MAX_JOBS']
-    say(
-        f"installing {requirement} from uv's cache or else compiling it, {jobs} at a time; log: {log}"
-    )
-    for extra in ([], ['--reinstall-package', name]):
-        if run_with_heartbeat(command + extra, env, log, doing) != 0:
-            tail = '\n'.join(log.read_text(errors='replace').splitlines()[-30:])
-            raise SetupError(
-                f'{requirement} did not compile. The end of {log}:\n{tail}\n'
-                'If a compiler was killed, memory ran out: `make setup MAX_JOBS=1` takes less of it.'
-            )
-        problem = probe_mmcv(venv)
+    status, answer = ask_python(venv, PROBE_TORCH)
+    if status != 0:
+        raise SetupError(f'torch does not work in {venv}: {answer}')
+    built_with, target = answer.split()
+    if target == 'no-toolkit':
+        say(
+            "there is a GPU but no CUDA toolkit (nvcc), so mmcv's operators are compiled for the CPU only. Detectors "
+            "need them on the GPU: install the toolkit of torch's CUDA version, set CUDA_HOME, and run "
+            '`make clean-env setup`'
+        )
+        target = 'cpu'
+
+    def install(wheel):
+        options = ['--quiet', '--no-deps', '--reinstall', str(wheel)]
+        run(venv, ['uv', 'pip', 'install', *options], f'installing {wheel}')
+        return probe_mmcv(venv)
+
+    kept = wheel_folder(requirement, f'{built_with}-{target}')
+    for wheel in kept.glob('*.whl'):
+        say(f'installing {requirement}, compiled earlier: {wheel}')
+        problem = install(wheel)
         if not problem:
             return
-        if not extra:
-            say(
-                f"the {requirement} in uv's cache is of no use here ({problem}): it was compiled without its "
-                'operators or against another torch. Compiling it again'
-            )
-    raise SetupError(
-        f'{requirement} was installed, but its operators (mmcv._ext) do not work: {problem}. {log} may say why; '
-        f'`{venv}/bin/uv cache clean {name}` and then `make clean-env setup` start afresh.'
-    )
+        say(f'that one does not work ({problem})')
+    building = venv / 'mmcv-wheel'
+    building.mkdir()
+    wheel = compile_mmcv(venv, requirement, build_environment(venv, target == 'cpu'), building)
+    problem = install(wheel)
+    if problem:
+        raise SetupError(
+            f'{requirement} was compiled, but its operators (mmcv._ext) do not work: {problem}. '
+            f'{venv}/mmcv-build.log may say why; try `make clean-env setup` with CXX, CXXFLAGS and LD_LIBRARY_PATH '
+            'unset.'
+        )
+    # Kept only now that it is known to work, and under its name only when it is whole.
+    kept.mkdir(parents=True, exist_ok=True)
+    shutil.copy(str(wheel), f'{kept / wheel.name}.new')
+    os.replace(f'{kept / wheel.name}.new', str(kept / wheel.name))
+    shutil.rmtree(str(building))
 
 
 def install_package(venv):
@@ -382,9 +434,7 @@ def main():
     except SetupError as error:
         sys.exit(f'[set-up] ERROR: {error}')
     except KeyboardInterrupt:
-        sys.exit(
-            '[set-up] interrupted. The same command starts again and keeps what was downloaded'
-        )
+        sys.exit('[set-up] interrupted. The same command starts again and keeps what was downloaded')
 
 
 if __name__ == '__main__':
