@@ -335,16 +335,13 @@ def check_checkpoint(path: str):
     try:
         return CheckpointLoader.load_checkpoint(path, map_location='cpu', logger='silent')
     except Exception as error:  # zip, pickle, network: each fails in its own way
+        reason = _reason(error).removeprefix(f'{path}: ')
         if remote:
             raise UserError(
-                f'cannot fetch {path} ({_reason(error)}); download it elsewhere and name the file, '
-                'e.g. --cfg-options model.backbone.init_cfg.checkpoint=FILE (or '
-                'model.backbone.init_cfg=None to start from scratch)'
+                f'cannot fetch {path}: {reason}. A file can be named in its place; a backbone starts from '
+                'scratch with --cfg-options model.backbone.init_cfg=None'
             ) from error
-        raise UserError(
-            f'cannot read checkpoint {path}: it is corrupt, incomplete or no '
-            f'checkpoint ({_reason(error)}); download or copy it again'
-        ) from error
+        raise UserError(f'cannot read checkpoint {path}: {reason}; download or copy it again') from error
 
 
 def overlock_of(model: Optional[dict]) -> Optional[dict]:

@@ -28,7 +28,9 @@ def test_resume_continues_where_it_stopped(trained, train, tmp_path):
     config, work = trained('cls')
     copy = tmp_path / 'moved'  # last_checkpoint names a file of the old place
     shutil.copytree(work, copy)
+    (copy / 'epoch_1.pth').unlink()
     train.main([config, '--work-dir', str(copy), '--resume', '--cfg-options', 'train_cfg.max_epochs=3'])
+    assert not (copy / 'epoch_1.pth').exists()  # the first epoch did not run again
     before = torch.load(work / 'epoch_2.pth', weights_only=False)
     after = torch.load(copy / 'epoch_3.pth', weights_only=False)
     assert after['meta']['epoch'] == 3 and after['meta']['iter'] == 6
