@@ -51,4 +51,4 @@ clean:
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
 clean-env:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV).lock

@@ -328,11 +328,31 @@ def test_damaged_environment_is_not_finished(env, steps, tmp_path, damage):
     assert not env.is_finished(venv, env.fingerprint('openmmlab'))
 
 
+def test_half_removed_environment_is_still_known_as_ours(env, monkeypatch, tmp_path):
+    venv = tmp_path / 'venv'
+    (venv / 'lib/python').mkdir(parents=True)
+    (venv / 'lib64').symlink_to('lib')
+    (venv / 'pyvenv.cfg').touch()
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(env.shutil, 'rmtree', interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            env.make_venv(venv)
+    made = []
+    monkeypatch.setattr(env.subprocess, 'run', lambda *_, **__: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(env, 'run', lambda *_: made.append(True))
+    env.make_venv(venv)
+    assert made and [path.name for path in venv.iterdir()] == ['pyvenv.cfg']
+
+
 def test_folder_of_someone_else_is_left_alone(env, tmp_path):
     (tmp_path / 'thesis.tex').touch()
     with pytest.raises(env.SetupError, match='is no virtual environment'):
         env.make_venv(tmp_path)
-    assert (tmp_path / 'thesis.tex').exists()
+    assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
 
 
 # -- make and CI -------------------------------------------------------------------------------

@@ -236,13 +236,22 @@ def write_stamp(venv, wanted):
 
 def make_venv(venv):
     """Make a virtual environment with only uv in it, in place of what an earlier set-up left."""
-    if venv.is_dir():
-        if any(venv.iterdir()) and not (venv / 'pyvenv.cfg').is_file():
-            raise SetupError(
-                f'{venv} is there already and is no virtual environment: remove it, or choose another place with VENV=.'
-            )
-        say(f'removing {venv}, which is unfinished or has other versions in it')
-        shutil.rmtree(str(venv))
+    venv.mkdir(exist_ok=True)
+    marker = venv / 'pyvenv.cfg'
+    leftovers = [path for path in venv.iterdir() if path != marker]
+    if leftovers and not marker.exists():
+        raise SetupError(
+            f'{venv} is there already and is no virtual environment: remove it, or choose another place with VENV=.'
+        )
+    # Interrupted at any point from here on, the folder is still known as ours.
+    marker.touch()
+    if leftovers:
+        say(f'emptying {venv}, which is unfinished or has other versions in it')
+    for path in leftovers:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(str(path))
+        else:
+            path.unlink()
     check_disk(venv.parent)
     say(f'making {venv} with Python {sys.version.split()[0]}')
     command = [sys.executable, '-m', 'venv', str(venv)]
