@@ -24,14 +24,11 @@ def window_starts(length: int, window: int, device: torch.device) -> Tensor:
 
 
 def _tables(height: int, width: int, window: int, device: torch.device) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Absolute neighbour indices (H, K), (W, K) and indices into the position bias of the same shapes."""
-    tables = []
-    for length in (height, width):
-        offsets = torch.arange(window, device=device)
-        neighbours = window_starts(length, window, device)[:, None] + offsets
-        tables.append((neighbours, neighbours - torch.arange(length, device=device)[:, None] + window - 1))
-    (rows, bias_rows), (cols, bias_cols) = tables
-    return rows, cols, bias_rows, bias_cols
+    """Neighbours of every row (H, K) and column (W, K), and where their windows begin in the position bias."""
+    rows, cols = (window_starts(length, window, device) for length in (height, width))
+    bias_rows, bias_cols = (start - torch.arange(len(start), device=device) + window - 1 for start in (rows, cols))
+    offsets = torch.arange(window, device=device)
+    return rows[:, None] + offsets, cols[:, None] + offsets, bias_rows, bias_cols
 
 
 # A network sees few map sizes, so the tables are made once a size and not at every forward.
@@ -58,12 +55,12 @@ def window_softmax(logits: Tensor, rpb: Tensor, row0: int, height: int) -> Tenso
     Returns:
         Tensor: (B, G, h, W, K*K), each window summing to one.
     """
-    groups, window = rpb.shape[0], (rpb.shape[1] + 1) // 2
+    window = (rpb.shape[1] + 1) // 2
     rows, width = logits.shape[2:4]
     _, _, bias_rows, bias_cols = index_tables(height, width, window, logits.device)
-    bias = rpb.index_select(1, bias_rows[row0 : row0 + rows].reshape(-1)).index_select(2, bias_cols.reshape(-1))
-    bias = bias.view(groups, rows, window, width, window).transpose(2, 3)
-    return (logits + bias.reshape(groups, rows, width, window * window)).softmax(-1)
+    windows = rpb.unfold(1, window, 1).unfold(2, window, 1)  # a view: every window of the table
+    bias = windows.index_select(1, bias_rows[row0 : row0 + rows]).index_select(2, bias_cols)
+    return (logits + bias.flatten(3)).softmax(-1)
 
 
 def window_sum(attn: Tensor, value: Tensor, row0: int) -> Tensor:
