@@ -6,7 +6,6 @@ long it took by the clock, in Markdown.
 
 import argparse
 import json
-import os
 import os.path as osp
 import re
 import sys
@@ -14,9 +13,13 @@ from datetime import datetime
 from glob import glob
 
 STAMP = re.compile(r'^(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d) - mmengine')
-# The number that stands for a run, and its decimals: mmdet's are fractions, the others per cent.
-METRICS = {'accuracy/top1': (1, 1), 'mIoU': (1, 1), 'coco/bbox_mAP': (100, 1)}
-FURTHER = {'coco/bbox_mAP_50': 100}
+# What stands for a run: the metric, what it is multiplied by to be per cent, and one more to show
+# in brackets.
+METRICS = {
+    'accuracy/top1': (1, None),
+    'mIoU': (1, None),
+    'coco/bbox_mAP': (100, 'coco/bbox_mAP_50'),
+}
 
 
 def latest_run(work_dir: str) -> str:
@@ -27,7 +30,9 @@ def latest_run(work_dir: str) -> str:
     """
     runs = sorted(glob(osp.join(work_dir, '*', 'vis_data', 'scalars.json')))
     if not runs:
-        raise ValueError(f'{work_dir} holds no run (no */vis_data/scalars.json); is it a work directory?')
+        raise ValueError(
+            f'{work_dir} holds no run (no */vis_data/scalars.json); name a --work-dir of tools/train.py'
+        )
     return osp.dirname(osp.dirname(runs[-1]))
 
 
@@ -71,19 +76,23 @@ def read_run(work_dir: str) -> dict:
     )
 
 
+def result(record: dict) -> str:
+    """The metric of one validation, per cent."""
+    name = next(m for m in METRICS if m in record)
+    scale, further = METRICS[name]
+    text = f'{record[name] * scale:.1f}'
+    return f'{text} ({record[further] * scale:.1f})' if further in record else text
+
+
 def row(run: dict) -> str:
-    """One line of the table."""
-    values = []
-    for step, record in run['curve']:
-        name = next(m for m in METRICS if m in record)
-        scale, digits = METRICS[name]
-        text = f'{record[name] * scale:.{digits}f}'
-        text += ''.join(f' ({record[k] * s:.1f})' for k, s in FURTHER.items() if k in record)
-        values.append((step, text))
-    last = f'**{values[-1][1]}**' if values and values[-1][0] >= run['steps'] else 'not finished'
-    curve = ', '.join(f'{step}: {text}' for step, text in values[:-1])
+    """One line of the table; a run without a validation at its end is said not to be finished."""
+    curve = list(run['curve'])
+    last = 'not finished'
+    if curve and curve[-1][0] >= run['steps']:
+        last = f'**{result(curve.pop()[1])}**'
+    before = ', '.join(f'{step}: {result(record)}' for step, record in curve)
     return (
-        f'| {run["name"]} | {last} | {curve} | {run["steps"]} | {run["loss"]:.3f} '
+        f'| {run["name"]} | {last} | {before} | {run["steps"]} | {run["loss"]:.3f} '
         f'| {run["step_time"] * 1e3:.0f} | {run["seconds"]:.0f} |'
     )
 
@@ -93,14 +102,13 @@ def main(argv=None):
     parser.add_argument('work_dirs', nargs='+', metavar='WORK_DIR')
     args = parser.parse_args(argv)
     try:
-        runs = [read_run(d) for d in args.work_dirs if os.path.isdir(d) or parser.error(f'no such folder: {d}')]
+        lines = [row(read_run(folder)) for folder in args.work_dirs]
     except ValueError as error:
         print(f'error: {error}', file=sys.stderr)
         sys.exit(2)
     print('| run | result | before, by step | steps | last loss | ms/step | s by the clock |')
     print('|---|---|---|---|---|---|---|')
-    for run in runs:
-        print(row(run))
+    print('\n'.join(lines))
 
 
 if __name__ == '__main__':
