@@ -133,13 +133,17 @@ class _Plan:
             num_stages=1,
         )
 
-    def places(self) -> dict:
-        """Constants of the two kernels that lay a window's weights out over the columns of the map."""
+    def places(self, least: int) -> dict:
+        """Constants of the two kernels that lay a window's weights out over the columns of the map.
+
+        Args:
+            least (int): Columns of a window at least, in the padding: a product over them needs 16.
+        """
         constants = {}
         for n, window in enumerate(self.windows, 1):
             constants[f'K{n}'] = window
             constants[f'BA{n}'] = _power_of_two(window)
-            constants[f'BK{n}'] = max(16, _power_of_two(window))
+            constants[f'BK{n}'] = max(least if self.width > window else 16, _power_of_two(window))
             constants[f'BC{n}'] = self.columns(window)
             constants[f'SHIFT{n}'] = self.width > window
         return constants
@@ -185,16 +189,18 @@ def _contmix(
 
     plan = _Plan.of(query, rpb1, rpb2, value)
     out = torch.empty_like(value)
-    lse = query.new_empty((plan.batch, plan.groups, 2, plan.height, plan.width), dtype=torch.float32)
+    top = query.new_empty((plan.batch, plan.groups, 2, plan.height, plan.width), dtype=torch.float32)
+    total = torch.empty_like(top)
     bias, rpb1, rpb2 = (t.contiguous() for t in (bias, rpb1, rpb2))
     grid = (plan.batch * plan.groups * plan.height * plan.tiles,)
     with torch.autocast(query.device.type, enabled=False), _on(query.device):
         forward_kernel[grid](
-            query, _products(key, weight), bias, rpb1, rpb2, value, out, lse,
+            query, _products(key, weight), bias, rpb1, rpb2, value, out, top, total,
             *query.stride(), *value.stride(), *out.stride(), *plan.sizes,
-            **plan.places(), **plan.common(query.dtype in _HALF, query, value, out), num_warps=TUNING.warps[0],
+            **plan.places(8), **plan.common(query.dtype in _HALF, query, value, out), num_warps=TUNING.warps[0],
         )  # fmt: skip
-    return out, lse
+    # The logarithm here, not in the kernel, whose layout would have every thread take it of every position.
+    return out, top.add_(total.log_())
 
 
 @_contmix.register_fake
@@ -251,7 +257,7 @@ def _chunk_backward(grad, query, products, bias, rpb1, rpb2, value, lse, dquery,
     blocks = {}
     for n, window in enumerate(plan.windows, 1):
         blocks[f'K{n}'] = window
-        blocks[f'BK{n}'] = max(16, _power_of_two(window))
+        blocks[f'BK{n}'] = max(8, _power_of_two(window))
         blocks[f'BI{n}'] = min(TUNING.rows, _power_of_two(window))
         blocks[f'BJ{n}'] = min(TUNING.columns, max(16, _power_of_two(plan.width)))
     value_grad_kernel[(heads * plan.height * plan.tiles,)](
@@ -272,8 +278,8 @@ def _chunk_backward(grad, query, products, bias, rpb1, rpb2, value, lse, dquery,
     diagonals = {f'BU{n}': max(16, _power_of_two(2 * window - 1)) for n, window in enumerate(plan.windows, 1)}
     query_grad_kernel[(heads * parts,)](
         query, products, bias, rpb1, rpb2, value, lse, grad, dquery, dproducts, *biases,
-        *query.stride(), *value.stride(), *grad.stride(), *dquery.stride(), *plan.sizes, rows, heads,
-        **plan.places(), **diagonals, **plan.common(half, query, value, grad, dquery), num_warps=TUNING.warps[1],
+        *query.stride(), *value.stride(), *grad.stride(), *dquery.stride(), *plan.sizes, rows, heads, 0,
+        **plan.places(16), **diagonals, **plan.common(half, query, value, grad, dquery), num_warps=TUNING.warps[1],
     )  # fmt: skip
     if parts > 1:
         dproducts = dproducts.sum(0)

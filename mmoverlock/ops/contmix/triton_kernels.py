@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 # Compiled once for all sizes of the map: training on images of many sizes must not compile at every step.
-_SIZES = ('G', 'H', 'W', 'D', 'N', 'E', 'ROWS', 'HEADS')
+_SIZES = ('G', 'H', 'W', 'D', 'N', 'E', 'ROWS', 'HEADS', 'ZERO')
 
 
 @triton.jit
@@ -92,6 +92,12 @@ def _logits(
 
 
 @triton.jit
+def _by_position(x, BA: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr):
+    """(BA, BT, BK) as (BT, BA * BK): one reduction over it is cheaper than one over each axis."""
+    return tl.reshape(tl.permute(x, (1, 0, 2)), (BT, BA * BK))
+
+
+@triton.jit
 def _move(x, source, low, high, BA: tl.constexpr, BT: tl.constexpr, BX: tl.constexpr):
     """(BA, BT, BX): element source (BT, BX) of the last axis of x where low <= source < high, else 0."""
     inside = tl.broadcast_to(((source >= low) & (source < high))[None, :, :], (BA, BT, BX))
@@ -133,7 +139,7 @@ def _load_values(
 
 @triton.jit
 def _window_forward(
-    q, m, bias, rpb, lse, v, svc, svh, svw, out, soc, sow, i, j0, H, W, D, N, E,
+    q, m, bias, rpb, top_out, total_out, v, svc, svh, svw, out, soc, sow, i, j0, H, W, D, N, E,
     FIRST: tl.constexpr, K: tl.constexpr, BA: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, SHIFT: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -143,10 +149,11 @@ def _window_forward(
     row = _start(i, H, K).to(tl.int64)
     values = _load_values(v, svc, svh, svw, row, col, W, E, K, BA, BC, BE, WIDE)
     logits = _logits(q, weights, bias, rpb, i, j, H, W, FIRST, K, BA, BK, BD, BT, HALF)
-    top = tl.max(tl.max(logits, 2), 0)
+    top = tl.max(_by_position(logits, BA, BT, BK), 1)
     p = tl.exp(logits - top[None, :, None])
-    total = tl.sum(tl.sum(p, 2), 0)
-    tl.store(lse + j, top + tl.log(total), mask=j < W)
+    total = tl.sum(_by_position(p, BA, BT, BK), 1)
+    tl.store(top_out + j, top, mask=j < W)
+    tl.store(total_out + j, total, mask=j < W)
     p = _to_map(p.to(values.dtype), _start(j, W, K) - col, K, BA, BT, BC, SHIFT)
     mixed = tl.sum(tl.dot(p.to(values.dtype), values, input_precision='tf32x3'), 0) / total[:, None]
     e = _index(BE, WIDE)
@@ -156,14 +163,14 @@ def _window_forward(
 
 @triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
-    q, m, bias, rpb1, rpb2, v, out, lse,
+    q, m, bias, rpb1, rpb2, v, out, top, total,
     sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sob, soc, soh, sow,
     G, H, W, D, N, E,
     K1: tl.constexpr, BA1: tl.constexpr, BK1: tl.constexpr, BC1: tl.constexpr, SHIFT1: tl.constexpr,
     K2: tl.constexpr, BA2: tl.constexpr, BK2: tl.constexpr, BC2: tl.constexpr, SHIFT2: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Mixed values and the log-sum-exp (B, G, 2, H, W) of both softmaxes of one tile of one head."""
+    """Mixed values of one tile of one head; of both softmaxes the largest logits and the sums, (B, G, 2, H, W) each."""
     tiles = tl.cdiv(W, BT)
     j0 = tl.program_id(0) % tiles * BT
     i = tl.program_id(0) // tiles % H
@@ -179,19 +186,20 @@ def forward_kernel(
     mask = (j0 + t < W)[:, None] & (d < D)[None, :]
     query = tl.load(q + (t * sqw)[:, None] + (d * sqd)[None, :], mask=mask, other=0.0).to(tl.float32)
     m += head * D * N
-    lse += head * 2 * H * W + i_ * W
+    top += (head * 2 * H + i_) * W
+    total += (head * 2 * H + i_) * W
     out += batch * sob + i_ * soh + j0_ * sow
     v += batch * svb
     small = group * E  # first channel of the head among the values of the small window, and of the large one
     large = (group + G) * E
     _window_forward(
-        query, m, bias, rpb1 + group * (2 * K1 - 1) * (2 * K1 - 1), lse, v + small * svc, svc, svh, svw,
+        query, m, bias, rpb1 + group * (2 * K1 - 1) * (2 * K1 - 1), top, total, v + small * svc, svc, svh, svw,
         out + small * soc, soc, sow, i, j0, H, W, D, N, E,
         0, K1, BA1, BK1, BC1, SHIFT1, BD, BE, BT, HALF, WIDE,
     )  # fmt: skip
     _window_forward(
-        query, m, bias, rpb2 + group * (2 * K2 - 1) * (2 * K2 - 1), lse + H * W, v + large * svc, svc, svh, svw,
-        out + large * soc, soc, sow, i, j0, H, W, D, N, E,
+        query, m, bias, rpb2 + group * (2 * K2 - 1) * (2 * K2 - 1), top + H * W, total + H * W, v + large * svc, svc,
+        svh, svw, out + large * soc, soc, sow, i, j0, H, W, D, N, E,
         K1 * K1, K2, BA2, BK2, BC2, SHIFT2, BD, BE, BT, HALF, WIDE,
     )  # fmt: skip
 
@@ -261,7 +269,7 @@ def _store_sums(
 def query_grad_kernel(
     q, m, bias, rpb1, rpb2, v, lse, g, dq, dm, dbias, drpb1, drpb2,
     sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw, sdb, sdg, sdd, sdh, sdw,
-    G, H, W, D, N, E, ROWS, HEADS,
+    G, H, W, D, N, E, ROWS, HEADS, ZERO,
     K1: tl.constexpr, BA1: tl.constexpr, BK1: tl.constexpr, BC1: tl.constexpr, SHIFT1: tl.constexpr, BU1: tl.constexpr,
     K2: tl.constexpr, BA2: tl.constexpr, BK2: tl.constexpr, BC2: tl.constexpr, SHIFT2: tl.constexpr, BU2: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
@@ -301,19 +309,27 @@ def query_grad_kernel(
     db2 = tl.zeros((BA2, BK2), tl.float32)
     diagonals1 = tl.zeros((BU1, BU1), tl.float32)
     diagonals2 = tl.zeros((BU2, BU2), tl.float32)
-    for i in range(first, tl.minimum(first + ROWS, H)):
+    for i in tl.range(first, tl.minimum(first + ROWS, H), disable_licm=True):
+        # ``ZERO`` is nought, but the compiler must not know: else it computes every offset and mask that depends on
+        # the columns before the loop and, for want of registers, keeps them in local memory.
+        here = j0 + (i & ZERO)
+        m_ = m + (i & ZERO)
         i_ = first.to(tl.int64) + (i - first)
+        lse1 = lse + i_ * W
+        lse2 = lse + (i_ + H) * W
+        v1 = v + small * svc
+        v2 = v + large * svc
+        g1 = g + small * sgc + i_ * sgh
+        g2 = g + large * sgc + i_ * sgh
         offsets = (t * sqw)[:, None] + (d * sqd)[None, :]
         query = tl.load(q + i_ * sqh + offsets, mask=mask, other=0.0).to(tl.float32)
         dq1, dm1, db1, diagonals1 = _window_query_grad(
-            query, m, bias, rpb1, lse + i_ * W, v + small * svc, svc, svh, svw, g + small * sgc + i_ * sgh, sgc, sgw,
-            i, j0, H, W, D, N, E, dm1, db1, diagonals1,
-            0, K1, BA1, BK1, BC1, SHIFT1, BU1, BD, BE, BT, HALF, WIDE,
+            query, m_, bias, rpb1, lse1, v1, svc, svh, svw, g1, sgc, sgw, i, here, H, W, D, N, E,
+            dm1, db1, diagonals1, 0, K1, BA1, BK1, BC1, SHIFT1, BU1, BD, BE, BT, HALF, WIDE,
         )  # fmt: skip
         dq2, dm2, db2, diagonals2 = _window_query_grad(
-            query, m, bias, rpb2, lse + (i_ + H) * W, v + large * svc, svc, svh, svw, g + large * sgc + i_ * sgh, sgc,
-            sgw, i, j0, H, W, D, N, E, dm2, db2, diagonals2,
-            K1 * K1, K2, BA2, BK2, BC2, SHIFT2, BU2, BD, BE, BT, HALF, WIDE,
+            query, m_, bias, rpb2, lse2, v2, svc, svh, svw, g2, sgc, sgw, i, here, H, W, D, N, E,
+            dm2, db2, diagonals2, K1 * K1, K2, BA2, BK2, BC2, SHIFT2, BU2, BD, BE, BT, HALF, WIDE,
         )  # fmt: skip
         offsets = (t * sdw)[:, None] + (d * sdd)[None, :]
         tl.store(dq + i_ * sdh + offsets, (dq1 + dq2).to(dq.dtype.element_ty), mask=mask)
