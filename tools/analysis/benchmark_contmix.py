@@ -3,6 +3,7 @@
     python tools/analysis/benchmark_contmix.py                       # check, time, memory
     python tools/analysis/benchmark_contmix.py --only check
     python tools/analysis/benchmark_contmix.py --only tune linear --json contmix.json
+    python tools/analysis/benchmark_contmix.py --only resources      # what the compiler makes of it; needs no GPU
 
 Times are medians in milliseconds: ``eager`` between events as a training step sees it, ``graph`` replayed from a CUDA
 graph, which leaves out the launches from Python.
@@ -15,8 +16,11 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # the check asks for deterministic algorithms
@@ -344,14 +348,70 @@ def linear(dtype=torch.float16):
     return rows
 
 
+def resources(cases, capability=90):
+    """Compiles the kernels for a GPU that need not be there; prints registers, local memory, instructions.
+
+    The last column is the least time in ms if every scheduler of an H200 (132 x 4, 1.7 GHz) issued an instruction each
+    cycle, which no kernel does; for the query gradient, of its loop over rows.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mmoverlock.ops.contmix import triton_kernels as kernels
+
+    cuobjdump = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+    print(f'{"case":18} {"kernel":18} warps registers local shared instructions  least ms')
+    for name, shape in cases.items():
+        batch, groups, dim, height, width, small, large, _, channels = shape
+        plan = fused._Plan(batch, groups, height, width, dim, channels, (small, large))
+        constants = plan.common(True, torch.empty(1, 1))
+        stages = constants.pop('num_stages')
+        tables = (plan.places(8), {**plan.places(16), **plan.diagonals()}, plan.blocks())
+        launches = (kernels.forward_kernel, kernels.query_grad_kernel, kernels.value_grad_kernel)
+        for kernel, table, warps in zip(launches, tables, fused.TUNING.warps):
+            signature, values, hints = {}, {}, {}
+            for place, argument in enumerate(kernel.arg_names):
+                known = {**constants, **table}
+                if argument in known or argument in ('sqw', 'svw', 'sow', 'sgw', 'sdw'):
+                    signature[argument], values[(place,)] = 'constexpr', known.get(argument, 1)
+                elif argument in kernels._SIZES or argument[0] == 's':
+                    signature[argument] = 'i32'
+                else:
+                    signature[argument] = '*fp16' if argument in ('q', 'v', 'g', 'out', 'dq', 'dv') else '*fp32'
+                    hints[(place,)] = [['tt.divisibility', 16]]
+            source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
+            options = dict(num_warps=warps, num_stages=stages)
+            compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
+            with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+                Path(file.name).write_bytes(compiled.asm['cubin'])
+                dump = [
+                    subprocess.check_output([cuobjdump, flag, file.name], text=True) for flag in ('-res-usage', '-sass')
+                ]
+            registers, local = re.search(r'REG:(\d+) STACK:(\d+)', dump[0]).groups()
+            lines = re.findall(r'/\*([0-9a-f]{4,})\*/\s+(.*?);', dump[1])
+            jumps = [re.search(r'BRA.* 0x([0-9a-f]+)', text) for _, text in lines]
+            loops = [int(at, 16) - int(jump[1], 16) for (at, _), jump in zip(lines, jumps) if jump]
+            issued = max(loops) // 16 if kernel is kernels.query_grad_kernel else len(lines)
+            least = batch * groups * height * plan.tiles * warps * issued / (132 * 4 * 1.7e6)
+            label = kernel.__name__.removesuffix('_kernel')
+            print(
+                f'{name:18} {label:18} {warps:5} {registers:>9} {local:>5} {compiled.metadata.shared:6} '
+                f'{len(lines):12} {least:9.3f}',
+                flush=True,
+            )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ('check', 'time', 'profile', 'tune', 'linear')
+    parts = ('check', 'time', 'profile', 'tune', 'linear', 'resources')
     parser.add_argument('--only', nargs='+', choices=parts, default=['check', 'time', 'profile'])
     parser.add_argument('--cases', nargs='+', choices=list(CASES), default=list(CASES))
     parser.add_argument('--no-baseline', action='store_true', help='leave out the composition of PyTorch operators')
     parser.add_argument('--json', help='file for all numbers')
     args = parser.parse_args()
+    if args.only == ['resources']:
+        return resources({name: CASES[name] for name in args.cases})
     if not torch.cuda.is_available():
         parser.error('this script needs a CUDA device')
     cases = {name: CASES[name] for name in args.cases}
@@ -364,6 +424,8 @@ def main():
         result['time'] = time_cases((torch.float16, torch.bfloat16), cases, not args.no_baseline)
     if 'tune' in args.only and passed:
         tune(cases)
+    if 'resources' in args.only:
+        resources(cases)
     if 'linear' in args.only and passed:
         result['linear'] = linear()
     if args.json:

@@ -5,6 +5,7 @@ graphs, checkpointing and export see a call of known shapes. The kernels are in 
 at the first call: importing the package must not need Triton.
 """
 
+import contextlib
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -32,8 +33,8 @@ class Tuning:
         rows (int): Rows of the map that a program of the value gradient takes at once for the large window.
         columns (int): Columns likewise.
         programs (int): Programs of the query gradient to aim at, by splitting the map into bands of rows.
-        share (float): Memory for the products of keys and weight, as a share of one logits tensor. The backward takes
-            the batch in chunks to keep to it, ...
+        share (float): Memory for the products of keys and weight, as a share of one logits tensor. The batch is
+            taken in chunks to keep to it, ...
         floor (int): ... except below this many bytes.
     """
 
@@ -148,6 +149,20 @@ class _Plan:
             constants[f'SHIFT{n}'] = self.width > window
         return constants
 
+    def diagonals(self) -> dict:
+        """Constants of the gradient of the position bias: its padded side."""
+        return {f'BU{n}': max(16, _power_of_two(2 * window - 1)) for n, window in enumerate(self.windows, 1)}
+
+    def blocks(self) -> dict:
+        """Constants of the gradient of the values: how many positions are looked at from one value at once."""
+        constants = {}
+        for n, window in enumerate(self.windows, 1):
+            constants[f'K{n}'] = window
+            constants[f'BK{n}'] = max(8, _power_of_two(window))
+            constants[f'BI{n}'] = min(TUNING.rows, _power_of_two(window))
+            constants[f'BJ{n}'] = min(TUNING.columns, max(16, _power_of_two(self.width)))
+        return constants
+
     def rows(self) -> int:
         """Rows of the map that one program of the query gradient takes.
 
@@ -160,7 +175,7 @@ class _Plan:
         return -(-self.height // max(1, min(bands, self.height)))
 
     def chunk(self) -> int:
-        """Batch elements to take at once in the backward."""
+        """Batch elements to take at once, so that the products of keys and weight stay small beside the logits."""
         product = 4 * self.groups * self.dim * self.logits
         logits = 4 * self.batch * self.groups * self.height * self.width * self.logits
         chunks = -(-self.batch * product // int(max(TUNING.floor, TUNING.share * logits)))
@@ -177,7 +192,7 @@ def _products(key: Tensor, weight: Tensor) -> Tensor:
 
 
 def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == 'cuda' else torch.autocast('cpu', enabled=False)
+    return torch.cuda.device(device) if device.type == 'cuda' else contextlib.nullcontext()
 
 
 @torch.library.custom_op('mmoverlock::contmix', mutates_args=())
@@ -192,13 +207,16 @@ def _contmix(
     top = query.new_empty((plan.batch, plan.groups, 2, plan.height, plan.width), dtype=torch.float32)
     total = torch.empty_like(top)
     bias, rpb1, rpb2 = (t.contiguous() for t in (bias, rpb1, rpb2))
-    grid = (plan.batch * plan.groups * plan.height * plan.tiles,)
+    step = plan.chunk()
     with torch.autocast(query.device.type, enabled=False), _on(query.device):
-        forward_kernel[grid](
-            query, _products(key, weight), bias, rpb1, rpb2, value, out, top, total,
-            *query.stride(), *value.stride(), *out.stride(), *plan.sizes,
-            **plan.places(8), **plan.common(query.dtype in _HALF, query, value, out), num_warps=TUNING.warps[0],
-        )  # fmt: skip
+        for first in range(0, plan.batch, step):
+            part = slice(first, first + step)
+            query_, value_, out_ = query[part], value[part], out[part]
+            forward_kernel[(len(query_) * plan.groups * plan.height * plan.tiles,)](
+                query_, _products(key[part], weight), bias, rpb1, rpb2, value_, out_, top[part], total[part],
+                *query.stride(), *value.stride(), *out.stride(), *plan.sizes,
+                **plan.places(8), **plan.common(query.dtype in _HALF, query, value, out), num_warps=TUNING.warps[0],
+            )  # fmt: skip
     # The logarithm here, not in the kernel, whose layout would have every thread take it of every position.
     return out, top.add_(total.log_())
 
@@ -254,16 +272,10 @@ def _chunk_backward(grad, query, products, bias, rpb1, rpb2, value, lse, dquery,
     plan = _Plan.of(query, rpb1, rpb2, value)
     heads = plan.batch * plan.groups
     half = query.dtype in _HALF
-    blocks = {}
-    for n, window in enumerate(plan.windows, 1):
-        blocks[f'K{n}'] = window
-        blocks[f'BK{n}'] = max(8, _power_of_two(window))
-        blocks[f'BI{n}'] = min(TUNING.rows, _power_of_two(window))
-        blocks[f'BJ{n}'] = min(TUNING.columns, max(16, _power_of_two(plan.width)))
     value_grad_kernel[(heads * plan.height * plan.tiles,)](
         query, products, bias, rpb1, rpb2, lse, grad, dvalue,
         *query.stride(), *grad.stride(), *dvalue.stride(), *plan.sizes,
-        **blocks, **plan.common(half, query, grad, dvalue), num_warps=TUNING.warps[2],
+        **plan.blocks(), **plan.common(half, query, grad, dvalue), num_warps=TUNING.warps[2],
     )  # fmt: skip
 
     rows = plan.rows()
@@ -275,11 +287,11 @@ def _chunk_backward(grad, query, products, bias, rpb1, rpb2, value, lse, dquery,
     biases = [products.new_empty(plan.batch, plan.groups, parts, plan.logits)]
     for window in plan.windows:
         biases.append(products.new_empty(plan.batch, plan.groups, parts, 2 * window - 1, 2 * window - 1))
-    diagonals = {f'BU{n}': max(16, _power_of_two(2 * window - 1)) for n, window in enumerate(plan.windows, 1)}
     query_grad_kernel[(heads * parts,)](
         query, products, bias, rpb1, rpb2, value, lse, grad, dquery, dproducts, *biases,
         *query.stride(), *value.stride(), *grad.stride(), *dquery.stride(), *plan.sizes, rows, heads, 0,
-        **plan.places(16), **diagonals, **plan.common(half, query, value, grad, dquery), num_warps=TUNING.warps[1],
+        **plan.places(16), **plan.diagonals(), **plan.common(half, query, value, grad, dquery),
+        num_warps=TUNING.warps[1],
     )  # fmt: skip
     if parts > 1:
         dproducts = dproducts.sum(0)
