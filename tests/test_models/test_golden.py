@@ -1,10 +1,9 @@
 """The network against numbers computed with the official code (see tests/golden)."""
 
-import fill
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from common import GOLDEN, fill
 from torch import nn
 
 from mmoverlock import ContMixBlock, OverLoCK

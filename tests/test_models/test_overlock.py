@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
+from common import randomise
 from torch import nn
 
 from mmoverlock import ContMixBlock, OverLoCK
