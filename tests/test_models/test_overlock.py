@@ -278,6 +278,17 @@ def test_deploy_equals_training_form(tiny):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize('fuse_overview', [False, True])
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_maps_are_in_the_default_memory_order(tiny, channels_last, fuse_overview):
+    # mmcv's operators ignore strides: RoIAlign of a channels-last map is noise, and detectors learn nothing.
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    model = OverLoCK(tiny, fuse_overview=fuse_overview).to(memory_format=fmt)
+    for training in (True, False):
+        maps = model.train(training)(torch.rand(2, 3, 64, 96).contiguous(memory_format=fmt))
+        assert all(m.is_contiguous() for m in maps)
+
+
 @pytest.mark.parametrize('channels_last', [False, True])
 def test_memory_format_does_not_change_the_result(tiny, channels_last):
     model = randomise(OverLoCK(tiny)).eval()
@@ -286,6 +297,20 @@ def test_memory_format_does_not_change_the_result(tiny, channels_last):
     other = copy.deepcopy(model).to(memory_format=fmt)
     for a, b in zip(model(image), other(image.to(memory_format=fmt))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('kwargs', [dict(fuse_overview=True), dict(out_type='classification')])
+def test_maps_come_out_in_the_format_of_the_picture(tiny, kwargs):
+    """mmcv's RoIAlign and its kind read a map as NCHW without asking."""
+    model = OverLoCK(tiny, **kwargs).eval()
+    assert all(m.is_contiguous() for m in model(torch.randn(2, 3, 64, 96)))
+    mmcv_ops = pytest.importorskip('mmcv.ops')
+    if kwargs.get('fuse_overview'):
+        maps = model(torch.randn(2, 3, 64, 96))
+        boxes = torch.tensor([[0.0, 8, 8, 40, 40], [1, 0, 0, 64, 64]])
+        for feature, stride in zip(maps, model.out_strides):
+            align = mmcv_ops.RoIAlign(4, 1 / stride, sampling_ratio=2)
+            torch.testing.assert_close(align(feature, boxes), align(torch.empty(feature.shape).copy_(feature), boxes))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
