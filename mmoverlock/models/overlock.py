@@ -284,14 +284,9 @@ class OverLoCK(BaseModule):
             ValueError: While training, the batch is so small that a batch norm would see a single value.
         """
         self._check_batch(x)
-        if x.device.type == 'cpu' and x.is_contiguous():
-            # PyTorch's CPU depthwise convolutions are up to 20 times faster in this format; the layers keep it. What
-            # comes out is in the format that came in: mmcv's operators (RoIAlign) read maps as NCHW whatever they are.
+        if x.device.type == 'cpu':
+            # PyTorch's CPU depthwise convolutions are up to 20 times faster in this format; the layers keep it.
             x = x.contiguous(memory_format=torch.channels_last)
-            return tuple(m.contiguous() for m in self._forward(x))
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         # Base-Net
         x1 = self._run(1, self.stage1, self.stem(x))
         x2 = self._run(2, self.stage2, self.down2(x1))
@@ -318,7 +313,7 @@ class OverLoCK(BaseModule):
             maps.append(feature if i == 1 else getattr(self, f'norm{i}')(feature))
         if self.fuse_overview:
             maps[-1] = maps[-1] + self.overview_scale(self.overview_proj(self.overview_norm(overview)))
-        # mmcv's RoIAlign and its other operators read memory as if it were in the default order.
+        # mmcv's RoIAlign and its kind read a map as NCHW without asking.
         return tuple(m.contiguous() for m in maps)
 
     def _run(self, stage: int, blocks: nn.Sequential, x: Tensor) -> Tensor:

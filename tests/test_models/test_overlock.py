@@ -299,20 +299,6 @@ def test_memory_format_does_not_change_the_result(tiny, channels_last):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('kwargs', [dict(fuse_overview=True), dict(out_type='classification')])
-def test_maps_come_out_in_the_format_of_the_picture(tiny, kwargs):
-    """mmcv's RoIAlign and its kind read a map as NCHW without asking."""
-    model = OverLoCK(tiny, **kwargs).eval()
-    assert all(m.is_contiguous() for m in model(torch.randn(2, 3, 64, 96)))
-    mmcv_ops = pytest.importorskip('mmcv.ops')
-    if kwargs.get('fuse_overview'):
-        maps = model(torch.randn(2, 3, 64, 96))
-        boxes = torch.tensor([[0.0, 8, 8, 40, 40], [1, 0, 0, 64, 64]])
-        for feature, stride in zip(maps, model.out_strides):
-            align = mmcv_ops.RoIAlign(4, 1 / stride, sampling_ratio=2)
-            torch.testing.assert_close(align(feature, boxes), align(torch.empty(feature.shape).copy_(feature), boxes))
-
-
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_autocast_stays_near_float32(tiny, dtype):
     model = randomise(OverLoCK(tiny)).eval()
