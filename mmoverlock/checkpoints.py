@@ -588,8 +588,9 @@ def register_loader() -> None:
 
     mmengine's ``CheckpointLoader`` keeps a loader a scheme. Ours, for local files and for the official release's URL,
     reads the file safely and prefixes an official classifier's keys (``backbone.``, ``head.``) as mmpretrain's
-    classifier has them. A file that our allow-list refuses goes to the loader that was there before, whose rules then
-    decide; any other file comes out as before.
+    classifier has them. A file that our allow-list refuses is refused, on both lines of mmengine (onedl-mmengine's own
+    loader would go on to execute it), unless the user set torch's variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD; any other
+    file comes out as before.
     """
     schemes = CheckpointLoader._schemes
     if getattr(schemes.get(''), '_mmoverlock', False):
@@ -602,7 +603,9 @@ def register_loader() -> None:
         try:
             return _with_prefixes(read_checkpoint(filename, map_location))
         except UnsafeCheckpointError:
-            return previous(filename, map_location=map_location)
+            if os.environ.get('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '0') in ('1', 'y', 'yes', 'true'):
+                return previous(filename, map_location=map_location)
+            raise
 
     def load_from_release(filename: str, map_location=None):
         return _with_prefixes(read_checkpoint(_download(filename), map_location))

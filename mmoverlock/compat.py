@@ -11,6 +11,8 @@ import sys
 from importlib import metadata, util
 from typing import Optional, Tuple
 
+import torch
+
 
 def major_version(distribution: str) -> Optional[int]:
     """The major version of an installed distribution, or None where it is not installed."""
@@ -60,7 +62,35 @@ def find_mmseg_configs() -> bool:
     return True
 
 
-PATCHES = (skip_multimodal_models, find_mmseg_configs)
+def refuse_unsafe_checkpoints() -> bool:
+    """Keep onedl-mmengine from executing a downloaded checkpoint that torch refused to load safely.
+
+    Its ``_safe_torch_load`` tries ``weights_only=True`` and, when that is refused, loads the file again without, which
+    runs whatever is pickled in it. The replacement takes the same allow-list and lets torch's refusal stand; torch's
+    variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD still overrides it. (For local files and official ones,
+    ``mmoverlock.checkpoints`` has a loader of its own.)
+
+    Returns:
+        bool: Whether the function was replaced.
+    """
+    from mmengine.runner import checkpoint
+
+    original = getattr(checkpoint, '_safe_torch_load', None)
+    if original is None or getattr(original, '_mmoverlock', False):
+        return False
+    if not hasattr(torch.serialization, 'safe_globals'):  # torch < 2.5, which refuses nothing
+        return False
+
+    def load(file, map_location=None, weights_only=None):
+        with torch.serialization.safe_globals(checkpoint.get_torch_safe_globals()):
+            return torch.load(file, map_location=map_location, weights_only=weights_only)
+
+    load._mmoverlock = True
+    checkpoint._safe_torch_load = load
+    return True
+
+
+PATCHES = (skip_multimodal_models, find_mmseg_configs, refuse_unsafe_checkpoints)
 
 
 def apply() -> Tuple[str, ...]:

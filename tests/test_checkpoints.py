@@ -354,9 +354,17 @@ def test_malicious_pickle_is_not_executed(tiny, imagenet, save, tmp_path):
     path = save(dict(state_dict=imagenet, args=Malicious(str(target))))
     with pytest.raises(CheckpointError, match='mkdir, which could run code'):
         load_state_dict_file(path)
-    with pytest.raises(Exception, match='[Ww]eights'):  # torch's own refusal, through mmengine
+    with pytest.raises(CheckpointError, match='mkdir, which could run code'):
         load_checkpoint(OverLoCK(tiny), path)
     assert not target.exists()
+
+
+def test_user_who_forces_it_gets_mmengines_own_loader(monkeypatch, tiny, imagenet, save, tmp_path):
+    target = tmp_path / 'executed'
+    path = save(dict(state_dict=imagenet, args=Malicious(str(target))))
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    CheckpointLoader.load_checkpoint(path)
+    assert target.exists()
 
 
 def test_runner_checkpoints_resume_under_weights_only(save):

@@ -1,11 +1,16 @@
+import argparse
+import os
+import pickle
 import subprocess
 import sys
 import textwrap
 import types
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.runner import checkpoint
 
 from mmoverlock import compat
 
@@ -85,9 +90,7 @@ def test_mmseg_bases_are_found_in_the_fork(monkeypatch, tmp_path):
     assert Config.fromfile(config).model.decode_head.type == 'UPerHead'
 
 
-@pytest.mark.parametrize(
-    'versions', [{}, {'mmsegmentation': 1}, {'mmsegmentation': 1, 'onedl_mmsegmentation': 1}]
-)
+@pytest.mark.parametrize('versions', [{}, {'mmsegmentation': 1}, {'mmsegmentation': 1, 'onedl_mmsegmentation': 1}])
 def test_mmseg_bases_are_left_alone_without_the_fork(monkeypatch, versions):
     installed(monkeypatch, **versions)
     monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
@@ -95,8 +98,39 @@ def test_mmseg_bases_are_left_alone_without_the_fork(monkeypatch, versions):
     assert MODULE2PACKAGE['mmseg'] == 'mmsegmentation'
 
 
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_downloaded_checkpoint_is_not_executed(monkeypatch, tmp_path):
+    def falls_back(file, map_location=None, weights_only=None):
+        return torch.load(file, map_location=map_location, weights_only=False)
+
+    monkeypatch.setattr(checkpoint, '_safe_torch_load', falls_back, raising=False)
+    monkeypatch.setattr(checkpoint, 'get_torch_safe_globals', lambda: [argparse.Namespace], raising=False)
+    target, path = tmp_path / 'executed', tmp_path / 'checkpoint.pth'
+    torch.save(dict(args=Malicious(str(target))), path)
+    assert compat.refuse_unsafe_checkpoints()
+    assert not compat.refuse_unsafe_checkpoints(), 'a second call has nothing to do'
+    with pytest.raises(pickle.UnpicklingError, match='mkdir'):
+        checkpoint._safe_torch_load(path)
+    assert not target.exists()
+    torch.save(dict(args=argparse.Namespace(lr=1), weight=torch.ones(2)), path)
+    assert checkpoint._safe_torch_load(path, map_location='cpu')['args'].lr == 1
+
+
+def test_loader_is_left_alone_where_it_does_not_fall_back(monkeypatch):
+    monkeypatch.delattr(checkpoint, '_safe_torch_load', raising=False)
+    assert not compat.refuse_unsafe_checkpoints()
+
+
 def test_apply_names_what_it_changed(monkeypatch):
     installed(monkeypatch, onedl_mmsegmentation=1)
+    monkeypatch.delattr(checkpoint, '_safe_torch_load', raising=False)
     monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
     assert compat.apply() == ('find_mmseg_configs',)
     assert compat.apply() == ()
