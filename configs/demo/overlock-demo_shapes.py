@@ -1,4 +1,4 @@
-# A small OverLoCK that names the dominant shape of a 96x96 picture; the backbone of the other two demo configs.
+# A small OverLoCK that names the dominant shape of a 64x64 picture; the backbone of the other two demo configs.
 # Expected: TODO
 #   python tools/demo/make_scenes.py && python tools/train.py configs/demo/overlock-demo_shapes.py
 _base_ = ['../classification/overlock-xt_8xb256_in1k.py', './_base_/shapes.py']
@@ -14,7 +14,7 @@ model = dict(
 # A flipped or a somewhat larger shape is the same shape. Strong augmentation is for long schedules.
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='RandomResizedCrop', scale=96, crop_ratio_range=(0.6, 1.0), aspect_ratio_range=(0.8, 1.25)),
+    dict(type='RandomResizedCrop', scale=64, crop_ratio_range=(0.7, 1.0), aspect_ratio_range=(0.8, 1.25)),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),
     dict(type='RandomFlip', prob=0.5, direction='vertical'),
     dict(type='PackInputs'),
@@ -37,7 +37,7 @@ test_dataloader = val_dataloader
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
     clip_grad=_base_.optim_wrapper.clip_grad,
     paramwise_cfg=_base_.optim_wrapper.paramwise_cfg,
 )

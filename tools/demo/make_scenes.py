@@ -40,6 +40,7 @@ VERSION = 1
 SPLITS = ('train', 'val')
 
 SUPERSAMPLING = 4  # shapes are filled on a grid this much finer, then averaged: smooth edges
+TURN = np.radians(30)  # how far a shape may be turned from upright, either way
 MIN_VISIBLE = 0.55  # in a scene, fraction of every shape that no other one hides
 
 
@@ -49,34 +50,34 @@ class SceneParams:
 
     Args:
         seed (int): Start of every random stream. Defaults to 0.
-        cls_train (int): Training pictures for classification. Defaults to 2400.
+        cls_train (int): Training pictures for classification. Defaults to 3600.
         cls_val (int): Held-out pictures for classification. Defaults to 600.
         dense_train (int): Training scenes for detection and segmentation. Defaults to 1200.
         dense_val (int): Held-out scenes for detection and segmentation. Defaults to 200.
-        cls_size (int): Edge of a classification picture in pixels. Defaults to 96.
+        cls_size (int): Edge of a classification picture in pixels. Defaults to 64.
         dense_size (int): Edge of a scene in pixels. Defaults to 128.
     """
 
     seed: int = 0
-    cls_train: int = 2400
+    cls_train: int = 3600
     cls_val: int = 600
     dense_train: int = 1200
     dense_val: int = 200
-    cls_size: int = 96
+    cls_size: int = 64
     dense_size: int = 128
 
     def __post_init__(self):
         for name in ('cls_train', 'cls_val'):
             if getattr(self, name) < len(CLASSES):
-                raise ValueError(f'{name} must be at least {len(CLASSES)}, one picture a class, '
-                                 f'but is {getattr(self, name)}')
+                raise ValueError(
+                    f'{name} must be at least {len(CLASSES)}, one picture a class, but is {getattr(self, name)}'
+                )
         for name in ('dense_train', 'dense_val'):
             if getattr(self, name) < 1:
                 raise ValueError(f'{name} must be at least 1, but is {getattr(self, name)}')
         for name in ('cls_size', 'dense_size'):
             if getattr(self, name) < 64:
-                raise ValueError(f'{name} must be at least 64 pixels, but is '
-                                 f'{getattr(self, name)}')
+                raise ValueError(f'{name} must be at least 64 pixels, but is {getattr(self, name)}')
 
 
 @dataclasses.dataclass
@@ -116,8 +117,24 @@ def _outlines(label, rng):
         return [star]
     if name == 'cross':
         a, b = rng.uniform(0.26, 0.38), 1.05
-        return [np.array([(a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a),
-                          (-a, -b), (a, -b), (a, -a), (b, -a), (b, a)])]
+        return [
+            np.array(
+                [
+                    (a, a),
+                    (a, b),
+                    (-a, b),
+                    (-a, a),
+                    (-b, a),
+                    (-b, -a),
+                    (-a, -a),
+                    (-a, -b),
+                    (a, -b),
+                    (a, -a),
+                    (b, -a),
+                    (b, a),
+                ]
+            )
+        ]
     if name == 'ring':
         return [_ngon(72), _ngon(72, rng.uniform(0.45, 0.65))]
     raise ValueError(f'no outline for {name}')
@@ -125,7 +142,7 @@ def _outlines(label, rng):
 
 def _coverage(outlines, centre, radius, rng, size):
     """Fraction of every pixel that a turned and stretched shape covers, (size, size) float."""
-    turn = rng.uniform(0, 2 * np.pi)
+    turn = rng.uniform(-TURN, TURN)
     stretch = rng.uniform(0.8, 1.0)
     lean = rng.uniform(0, np.pi)  # the stretch has a direction of its own
 
@@ -133,9 +150,8 @@ def _coverage(outlines, centre, radius, rng, size):
         return np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
     matrix = rotation(lean) @ np.diag([1, stretch]) @ rotation(-lean) @ rotation(turn) * radius
-    polygons = [np.round((o @ matrix.T + centre) * SUPERSAMPLING).astype(np.int32)
-                for o in outlines]
-    fine = np.zeros((size * SUPERSAMPLING, ) * 2, np.uint8)
+    polygons = [np.round((o @ matrix.T + centre) * SUPERSAMPLING).astype(np.int32) for o in outlines]
+    fine = np.zeros((size * SUPERSAMPLING,) * 2, np.uint8)
     # Filling all outlines at once fills by parity, so the inner one becomes a hole.
     cv2.fillPoly(fine, polygons, 255)
     return cv2.resize(fine, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
@@ -144,9 +160,8 @@ def _coverage(outlines, centre, radius, rng, size):
 # ---------------------------------------------------------------- surfaces
 
 
-def _colour(rng, saturation=(0.25, 1.0), value=(0.25, 1.0)):
-    hsv = np.array([[[rng.uniform(0, 360), rng.uniform(*saturation), rng.uniform(*value)]]],
-                   np.float32)
+def _colour(rng, saturation=(0.5, 1.0), value=(0.65, 1.0)):
+    hsv = np.array([[[rng.uniform(0, 360), rng.uniform(*saturation), rng.uniform(*value)]]], np.float32)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0]
 
 
@@ -191,18 +206,18 @@ def _pattern(size, rng, kinds):
 
 def _background(size, rng):
     pattern = _pattern(size, rng, ('ramp', 'cloud', 'cloud', 'glow', 'stripes', 'checks'))
-    low, high = (_colour(rng, (0.05, 0.7), (0.15, 0.95)) for _ in range(2))
+    low, high = (_colour(rng, (0.05, 0.4), (0.1, 0.6)) for _ in range(2))
     # Two colours that are too far apart make a background louder than any shape on it.
-    high = low + (high - low) * rng.uniform(0.3, 0.8)
+    high = low + (high - low) * rng.uniform(0.3, 1.0)
     picture = low + (high - low) * pattern[..., None]
-    return picture + (_cloud(size, rng, (8, 16, 32))[..., None] - 0.5) * rng.uniform(0, 0.25)
+    return picture + (_cloud(size, rng, (8, 16, 32))[..., None] - 0.5) * rng.uniform(0, 0.2)
 
 
 def _surface(size, rng, behind):
     """Colours for a shape, (size, size, 3), that stand out from the mean colour behind it."""
     for _ in range(20):
         colour = _colour(rng)
-        if np.abs(colour - behind).max() > 0.35:
+        if np.abs(colour - behind).max() > 0.45:
             break
     pattern = _pattern(size, rng, ('flat', 'flat', 'ramp', 'glow', 'stripes'))
     return colour * (1 + (pattern[..., None] - 0.5) * rng.uniform(0, 0.5))
@@ -216,8 +231,7 @@ def _paint(picture, coverage, rng):
     size = len(picture)
     if rng.random() < 0.6:
         dx, dy = rng.integers(-4, 5, 2)
-        shadow = cv2.GaussianBlur(np.roll(coverage, (dy, dx), (0, 1)), (0, 0),
-                                  rng.uniform(0.8, 2.5))
+        shadow = cv2.GaussianBlur(np.roll(coverage, (dy, dx), (0, 1)), (0, 0), rng.uniform(0.8, 2.5))
         picture = picture * (1 - rng.uniform(0.2, 0.6) * shadow[..., None])
     inside = coverage > 0.5
     surface = _surface(size, rng, picture[inside].mean(0))
@@ -235,7 +249,7 @@ def _light_and_lens(picture, rng):
     picture = (picture - 0.5) * rng.uniform(0.75, 1.15) + 0.5 + rng.uniform(-0.1, 0.1)
     if rng.random() < 0.4:
         picture = cv2.GaussianBlur(picture, (0, 0), rng.uniform(0.3, 0.9))
-    picture = picture + rng.normal(0, rng.uniform(0, 0.05), picture.shape)
+    picture = picture + rng.normal(0, rng.uniform(0, 0.04), picture.shape)
     return (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
 
 
@@ -275,7 +289,7 @@ def _draw(size, wanted, rng, min_visible):
 
 
 def draw_single(label, size, rng):
-    """Draw a picture with one dominant shape and up to two small others.
+    """Draw a picture with one dominant shape and at most one small other.
 
     Args:
         label (int): Class of the dominant shape, an index into ``CLASSES``.
@@ -285,10 +299,9 @@ def draw_single(label, size, rng):
     Returns:
         np.ndarray: (size, size, 3) uint8, RGB.
     """
-    others = [(int(rng.integers(len(CLASSES))), 0.07 * size, 0.11 * size, 0.95)
-              for _ in range(rng.integers(0, 3))]
+    others = [(int(rng.integers(len(CLASSES))), 0.07 * size, 0.11 * size, 0.95) for _ in range(rng.integers(0, 2))]
     # The dominant shape is painted last and may hide the others: it is always there, whole.
-    return _draw(size, [*others, (label, 0.20 * size, 0.40 * size, 0.35)], rng, 0)[0]
+    return _draw(size, [*others, (label, 0.24 * size, 0.40 * size, 0.30)], rng, 0)[0]
 
 
 def draw_scene(size, rng):
@@ -302,8 +315,7 @@ def draw_scene(size, rng):
         tuple: The picture (size, size, 3) uint8 RGB, and the visible shapes as a list of
         :class:`Shape`.
     """
-    wanted = [(int(rng.integers(len(CLASSES))), 0.09 * size, 0.24 * size, 0.95)
-              for _ in range(rng.integers(1, 6))]
+    wanted = [(int(rng.integers(len(CLASSES))), 0.09 * size, 0.24 * size, 0.95) for _ in range(rng.integers(1, 6))]
     return _draw(size, wanted, rng, MIN_VISIBLE)
 
 
@@ -359,10 +371,16 @@ def _write_scene(root, params, split, number):
         labels[shape.mask] = shape.label + 2
         ys, xs = np.nonzero(shape.mask)
         left, top = int(xs.min()), int(ys.min())
-        annotations.append(dict(
-            image_id=number, category_id=shape.label + 1, iscrowd=0, area=len(xs),
-            bbox=[left, top, int(xs.max()) + 1 - left, int(ys.max()) + 1 - top],
-            segmentation=run_lengths(shape.mask)))
+        annotations.append(
+            dict(
+                image_id=number,
+                category_id=shape.label + 1,
+                iscrowd=0,
+                area=len(xs),
+                bbox=[left, top, int(xs.max()) + 1 - left, int(ys.max()) + 1 - top],
+                segmentation=run_lengths(shape.mask),
+            )
+        )
     _save(coco, picture)
     shutil.copyfile(coco, root / 'ade' / 'images' / ade_split / coco.name)
     _save(root / 'ade' / 'annotations' / ade_split / f'{name}.png', labels)
@@ -377,10 +395,8 @@ def _write_split(root, params, split, pool):
         (root / folder).mkdir(parents=True)
     (root / 'coco' / 'annotations').mkdir(exist_ok=True)
 
-    list(pool(partial(_write_single, root, params, split),
-              range(getattr(params, f'cls_{split}'))))
-    scenes = list(pool(partial(_write_scene, root, params, split),
-                       range(getattr(params, f'dense_{split}'))))
+    list(pool(partial(_write_single, root, params, split), range(getattr(params, f'cls_{split}'))))
+    scenes = list(pool(partial(_write_scene, root, params, split), range(getattr(params, f'dense_{split}'))))
     annotations = [a for _, per_scene in scenes for a in per_scene]
     for i, annotation in enumerate(annotations, 1):
         annotation['id'] = i
@@ -388,7 +404,8 @@ def _write_split(root, params, split, pool):
         info=dict(description='mmoverlock demo: shapes', seed=params.seed, version=VERSION),
         images=[image for image, _ in scenes],
         annotations=annotations,
-        categories=[dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)])
+        categories=[dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)],
+    )
     path = root / 'coco' / 'annotations' / f'instances_{split}2017.json'
     path.write_text(json.dumps(content))
     return len(annotations)
@@ -426,8 +443,9 @@ def make_scenes(root, params=None, workers=None):
     if stamp is not None and all(stamp.get(k) == v for k, v in recipe.items()):
         return stamp, True
     if stamp is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f'{root} exists and is not a data set of this generator: name '
-                              'another folder, or move it away')
+        raise FileExistsError(
+            f'{root} exists and is not a data set of this generator: name another folder, or move it away'
+        )
 
     workers = min(workers or os.cpu_count() or 1, 8)
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -449,12 +467,11 @@ def make_scenes(root, params=None, workers=None):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.split('\n')[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        description=__doc__.split('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument('root', nargs='?', default='work_dirs/demo/data', help='folder to write')
     for field in dataclasses.fields(SceneParams):
-        parser.add_argument(f'--{field.name.replace("_", "-")}', type=int, default=field.default,
-                            metavar='N', help=' ')
+        parser.add_argument(f'--{field.name.replace("_", "-")}', type=int, default=field.default, metavar='N', help=' ')
     parser.add_argument('--workers', type=int, help='processes that draw (default: CPU cores)')
     args = vars(parser.parse_args(argv))
     root, workers = args.pop('root'), args.pop('workers')
@@ -462,8 +479,7 @@ def main(argv=None):
         stamp, there = make_scenes(root, SceneParams(**args), workers)
     except (ValueError, OSError) as error:
         sys.exit(f'make_scenes: {error}')
-    print(f'{root}: {"already there" if there else "written"}; '
-          f'shapes in scenes: {stamp["instances"]}')
+    print(f'{root}: {"already there" if there else "written"}; shapes in scenes: {stamp["instances"]}')
 
 
 if __name__ == '__main__':

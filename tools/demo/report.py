@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from steps import clock
+
 BLUE, ORANGE, GREEN, INK, GREY = '#2f5fd0', '#d9691e', '#1b8a5a', '#1d2433', '#8a93a6'
 
 
@@ -68,12 +70,21 @@ class Picture:
 
 @dataclass
 class Gallery:
-    """Pictures under one heading; ``wide`` ones hold truth and prediction side by side."""
+    """Pictures under one heading.
+
+    Args:
+        title (str): Heading.
+        note (str): Text below it.
+        pictures (list[Picture]): The pictures.
+        wide (bool): They hold truth and prediction side by side. Defaults to False.
+        legend (list[tuple]): (name, CSS colour) pairs. Defaults to none.
+    """
 
     title: str
     note: str
     pictures: list
     wide: bool = False
+    legend: list = field(default_factory=list)
 
 
 @dataclass
@@ -115,9 +126,10 @@ class Task:
 
 
 @dataclass
-class Step:
-    """One command that was run; ``wall`` and ``cpu`` in seconds."""
+class Command:
+    """One command that was run; ``wall`` and ``cpu`` in seconds. Those of a phase ran together."""
 
+    phase: str
     title: str
     command: str
     wall: float
@@ -126,24 +138,30 @@ class Step:
 
 @dataclass
 class Report:
-    """All that the page shows; ``banner`` is a warning above everything, for smoke runs."""
+    """All that the page shows.
+
+    Args:
+        title, lead (str): Heading, and a sentence or two below it.
+        targets (list[Target]): Numbers to reach.
+        tasks (list[Task]): Sections.
+        commands (list[Command]): Commands that were run.
+        wall (float): Seconds from start to end.
+        facts (list[tuple]): (name, value) pairs about the machine.
+        flow (tuple[str]): What leads to what, in a few words each. Defaults to none.
+        data_text (str): What the data are. Defaults to ''.
+        banner (str): A warning above everything, in place of a verdict. Defaults to ''.
+    """
 
     title: str
     lead: str
     targets: list
     tasks: list
-    steps: list
+    commands: list
+    wall: float
     facts: list
-    data: list = field(default_factory=list)
+    flow: tuple = ()
     data_text: str = ''
     banner: str = ''
-
-
-def clock(seconds):
-    """Seconds as ``m:ss`` or ``h:mm:ss``."""
-    minutes, seconds = divmod(int(round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
 
 
 def _number(value, unit=''):
@@ -159,7 +177,7 @@ def _ticks(low, high, count=5):
     """About ``count`` round numbers that span low to high."""
     span = high - low or 1.0
     raw = span / count
-    power = 10.0**math.floor(math.log10(raw))
+    power = 10.0 ** math.floor(math.log10(raw))
     step = min((m * power for m in (1, 2, 2.5, 5, 10)), key=lambda s: abs(s - raw))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
@@ -171,7 +189,7 @@ def _running_mean(points):
     out = []
     for i in range(len(points)):
         reach = min(i, len(points) - 1 - i, max(1, len(points) // 20))
-        window = points[i - reach:i + reach + 1]
+        window = points[i - reach : i + reach + 1]
         out.append((points[i][0], sum(y for _, y in window) / len(window)))
     return out
 
@@ -217,30 +235,31 @@ def draw_chart(chart, width=460, height=230):
     def path(points):
         return 'M' + 'L'.join(f'{px(x):.1f},{py(y):.1f}' for x, y in points)
 
-    out = [f'<svg viewBox="0 0 {width} {height}" role="img" '
-           f'aria-label="{html.escape(chart.title)}">']
+    out = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(chart.title)}">']
     for y in _ticks(low, high):
-        out.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py(y):.1f}" '
-                   f'y2="{py(y):.1f}"/><text x="{left - 7}" y="{py(y) + 3.5:.1f}" '
-                   f'text-anchor="end">{y:g}</text>')
+        out.append(
+            f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py(y):.1f}" '
+            f'y2="{py(y):.1f}"/><text x="{left - 7}" y="{py(y) + 3.5:.1f}" '
+            f'text-anchor="end">{y:g}</text>'
+        )
     for x in _ticks(first, last):
         out.append(f'<text x="{px(x):.1f}" y="{height - 8}" text-anchor="middle">{x:g}</text>')
     if chart.target is not None:
         y = py(chart.target)
-        out.append(f'<line class="target" x1="{left}" x2="{width - right}" y1="{y:.1f}" '
-                   f'y2="{y:.1f}"/>')
+        out.append(f'<line class="target" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
     for s, points in series:
         if s.smooth and len(points) > 10:
             out.append(f'<path d="{path(points)}" stroke="{s.colour}" opacity=".25"/>')
             points = _running_mean(points)
         out.append(f'<path d="{path(points)}" stroke="{s.colour}" stroke-width="2"/>')
         if s.dots:
-            out += [f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.2" fill="{s.colour}">'
-                    f'<title>{html.escape(s.name)}: {y:.1f} at {x:g}</title></circle>'
-                    for x, y in points]
+            out += [
+                f'<circle cx="{px(x):.1f}" cy="{py(y):.1f}" r="3.2" fill="{s.colour}">'
+                f'<title>{html.escape(s.name)}: {y:.1f} at {x:g}</title></circle>'
+                for x, y in points
+            ]
     out.append('</svg>')
-    legend = [f'<span><i style="background:{s.colour}"></i>{html.escape(s.name)}</span>'
-              for s, _ in series]
+    legend = [f'<span><i style="background:{s.colour}"></i>{html.escape(s.name)}</span>' for s, _ in series]
     if chart.target is not None:
         legend.append(f'<span><i class="dash"></i>target {chart.target:g}</span>')
     return ''.join(out) + f'<div class="legend">{"".join(legend)}</div>'
@@ -296,6 +315,7 @@ svg path { fill: none; stroke-linejoin: round; stroke-linecap: round; }
 .legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px;
   margin-right: 6px; vertical-align: middle; }
 .legend i.dash { height: 0; border-top: 2px dashed #1d2433; opacity: .55; border-radius: 0; }
+.legend.swatches { padding: 0; margin-bottom: 4px; } .legend.swatches i { width: 11px; height: 11px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; margin: 12px 0; min-width: 50%; }
 th, td { padding: 7px 14px; border-bottom: 1px solid var(--line); text-align: right;
@@ -339,25 +359,34 @@ def _card(target):
     scale = max(target.target, target.value or 0) if target.at_most else 100
     share = 0 if target.value is None else min(max(target.value / scale, 0), 1)
     verdict = 'met' if target.met else 'missed' if target.value is not None else 'not measured'
-    return (f'<div class="card{"" if target.met else " miss"}">'
-            f'<small>{html.escape(target.name)}</small>'
-            f'<b>{_number(target.value, target.unit)}</b>'
-            f'<div class="bar"><i style="width:{share:.1%}"></i>'
-            f'<u style="left:calc({min(target.target / scale, 1):.1%} - 1px)"></u></div>'
-            f'<small>target {sign} {target.target:g} '
-            f'{html.escape(target.unit)}: {verdict}</small></div>')
+    return (
+        f'<div class="card{"" if target.met else " miss"}">'
+        f'<small>{html.escape(target.name)}</small>'
+        f'<b>{_number(target.value, target.unit)}</b>'
+        f'<div class="bar"><i style="width:{share:.1%}"></i>'
+        f'<u style="left:calc({min(target.target / scale, 1):.1%} - 1px)"></u></div>'
+        f'<small>target {sign} {target.target:g} '
+        f'{html.escape(target.unit)}: {verdict}</small></div>'
+    )
 
 
 def _gallery(gallery):
     figures = []
     for p in gallery.pictures:
-        caption = (f'<figcaption class="{p.mark}">{html.escape(p.caption)}</figcaption>'
-                   if p.caption else '')
-        figures.append(f'<figure><img src="{_embed(p.path)}" loading="lazy" '
-                       f'alt="{html.escape(p.caption or gallery.title)}">{caption}</figure>')
-    return (f'<h3>{html.escape(gallery.title)}</h3>'
-            f'<p class="note">{html.escape(gallery.note)}</p>'
-            f'<div class="gallery{" wide" if gallery.wide else ""}">{"".join(figures)}</div>')
+        caption = f'<figcaption class="{p.mark}">{html.escape(p.caption)}</figcaption>' if p.caption else ''
+        figures.append(
+            f'<figure><img src="{_embed(p.path)}" loading="lazy" '
+            f'alt="{html.escape(p.caption or gallery.title)}">{caption}</figure>'
+        )
+    legend = ''.join(
+        f'<span><i style="background:{colour}"></i>{html.escape(name)}</span>' for name, colour in gallery.legend
+    )
+    return (
+        f'<h3>{html.escape(gallery.title)}</h3>'
+        f'<p class="note">{html.escape(gallery.note)}</p>'
+        + (f'<div class="legend swatches">{legend}</div>' if legend else '')
+        + f'<div class="gallery{" wide" if gallery.wide else ""}">{"".join(figures)}</div>'
+    )
 
 
 def _table(rows):
@@ -367,8 +396,13 @@ def _table(rows):
         shown = (c if isinstance(c, str) else _number(c) for c in cells)
         return '<tr>' + ''.join(f'<{tag}>{html.escape(c)}</{tag}>' for c in shown) + '</tr>'
 
-    return ('<div class="scroll"><table><thead>' + line(head, 'th') + '</thead><tbody>'
-            + ''.join(line(r, 'td') for r in body) + '</tbody></table></div>')
+    return (
+        '<div class="scroll"><table><thead>'
+        + line(head, 'th')
+        + '</thead><tbody>'
+        + ''.join(line(r, 'td') for r in body)
+        + '</tbody></table></div>'
+    )
 
 
 def _task(task):
@@ -401,28 +435,34 @@ def render(report):
         verdict = f'<span class="badge bad">Missed: {html.escape(", ".join(missed))}</span>'
     else:
         verdict = '<span class="badge good">Every target met</span>'
-    out = ['<!doctype html><html lang="en"><head><meta charset="utf-8">',
-           '<meta name="viewport" content="width=device-width, initial-scale=1">',
-           f'<title>{html.escape(report.title)}</title><style>{_STYLE}</style></head><body><main>']
+    out = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f'<title>{html.escape(report.title)}</title><style>{_STYLE}</style></head><body><main>',
+    ]
     if report.banner:
         out.append(f'<div class="banner">{html.escape(report.banner)}</div>')
-    out.append(f'{verdict}<h1>{html.escape(report.title)}</h1>'
-               f'<p class="lead">{html.escape(report.lead)}</p>')
+    out.append(f'{verdict}<h1>{html.escape(report.title)}</h1><p class="lead">{html.escape(report.lead)}</p>')
+    if report.flow:
+        out.append(
+            '<div class="flow">' + '<em>→</em>'.join(f'<span>{html.escape(f)}</span>' for f in report.flow) + '</div>'
+        )
     out.append('<div class="cards">' + ''.join(map(_card, report.targets)) + '</div>')
-    if report.data or report.data_text:
-        out.append('<section><h2>The scenes</h2>'
-                   f'<p>{html.escape(report.data_text)}</p>'
-                   + ''.join(map(_gallery, report.data)) + '</section>')
+    if report.data_text:
+        out.append(f'<section><h2>The scenes</h2><p>{html.escape(report.data_text)}</p></section>')
     out += map(_task, report.tasks)
-    steps = ''.join(
-        f'<li><div><b>{html.escape(s.title)}</b><span>{clock(s.wall)} wall · {clock(s.cpu)} CPU'
-        f'</span></div><pre>{html.escape(s.command)}</pre></li>' for s in report.steps)
-    wall, cpu = (sum(getattr(s, k) for s in report.steps) for k in ('wall', 'cpu'))
-    out.append('<section><h2>The commands</h2><p>Run from the root of the repository, in this '
-               f'order; together {clock(wall)} wall, {clock(cpu)} CPU (minutes and seconds).</p>'
-               f'<ol class="steps">{steps}</ol></section>')
-    facts = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>'
-                    for k, v in report.facts)
+    commands = ''.join(
+        f'<li><div><b>{html.escape(c.phase)}: {html.escape(c.title)}</b><span>{clock(c.wall)} wall · '
+        f'{clock(c.cpu)} CPU</span></div><pre>{html.escape(c.command)}</pre></li>'
+        for c in report.commands
+    )
+    out.append(
+        '<section><h2>The commands</h2><p>Run from the root of the repository, in this order; those with the same '
+        f'first word ran side by side. From start to end {clock(report.wall)}, CPU time '
+        f'{clock(sum(c.cpu for c in report.commands))} (minutes and seconds).</p><ol class="steps">{commands}</ol>'
+        '</section>'
+    )
+    facts = ''.join(f'<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>' for k, v in report.facts)
     out.append(f'<section><h2>Versions and machine</h2><dl>{facts}</dl></section>')
     return ''.join(out) + '</main></body></html>\n'
 

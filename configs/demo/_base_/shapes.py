@@ -2,15 +2,15 @@
 # The folder may be set from outside: MMOVERLOCK_DEMO_DATA=FOLDER tools/train.py ...
 demo_data_root = '{{$MMOVERLOCK_DEMO_DATA:work_dirs/demo/data}}'
 
-# Everything of OverLoCK in small: 0.9 M parameters, for 2 CPU cores. The pictures are 96 and 128 pixels wide, so the
-# maps of Focus-Net have 6 to 8 and 3 to 4 pixels a side; kernels larger than the map would only see it resized.
+# Everything of OverLoCK in small, for 2 CPU cores. The pictures are 64 and 128 pixels wide: Focus-Net sees maps of 4 to
+# 8 and 2 to 4 pixels a side, and kernels larger than the map would only see it enlarged.
 demo_arch = dict(
-    depths=(1, 1, 2, 1),
+    depths=(1, 1, 1, 1),
     focus_depths=(2, 1),
     widths=(32, 64, 96, 128),
     mlp_ratios=(3, 3, 3, 3),
     focus_heads=(2, 2),
-    kernel_sizes=(11, 9, 7, 5),
+    kernel_sizes=(7, 7, 7, 5),
     small_kernel=3,
 )
 demo_cls_channels = [128, 160]  # overview, focus
