@@ -5,7 +5,5 @@ loss = dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original')
 model = dict(
     type='ImageClassifier',
     backbone=dict(type='mmoverlock.OverLoCK', arch='xt', out_type='classification'),
-    head=dict(
-        type='mmoverlock.OverLoCKClsHead', num_classes=10, in_channels=_base_.cls_channels, loss=loss
-    ),
+    head=dict(type='mmoverlock.OverLoCKClsHead', num_classes=10, in_channels=_base_.cls_channels, loss=loss),
 )

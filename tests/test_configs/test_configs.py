@@ -21,12 +21,7 @@ DETECTORS = ('mask-rcnn', 'retinanet', 'cascade-mask-rcnn')
 RELEASE = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/'
 
 CLASSIFICATION = [f'classification/overlock-{v}_8xb256_in1k' for v in VARIANTS]
-DETECTION = [
-    f'detection/{d}_overlock-{v}_fpn_{s}_coco'
-    for d in DETECTORS
-    for v in VARIANTS
-    for s in ('1x', 'ms-3x')
-]
+DETECTION = [f'detection/{d}_overlock-{v}_fpn_{s}_coco' for d in DETECTORS for v in VARIANTS for s in ('1x', 'ms-3x')]
 SEGMENTATION = [f'segmentation/overlock-{v}_upernet_8xb2-160k_ade20k-512x512' for v in VARIANTS]
 NAMES = CLASSIFICATION + DETECTION + SEGMENTATION
 
@@ -37,9 +32,7 @@ DROP_PATH = dict(
     segmentation=dict(xt=0.1, t=0.2, s=0.3, b=0.5),
 )
 CROP_RATIO = dict(xt=0.925, t=0.95, s=0.95, b=0.975)
-CHANNELS = dict(
-    xt=[56, 112, 340, 420], t=[64, 128, 384, 640], s=[64, 128, 448, 640], b=[80, 160, 528, 720]
-)
+CHANNELS = dict(xt=[56, 112, 340, 420], t=[64, 128, 384, 640], s=[64, 128, 448, 640], b=[80, 160, 528, 720])
 # Counted on the official code: the classifier with its auxiliary head; the dense backbones.
 PARAMETERS = dict(
     classification=dict(xt=17307272, t=34990472, s=58309772, b=98012968),
@@ -73,9 +66,7 @@ TINY = dict(
 def size_and_channels(arch, out_indices=(0, 1, 2, 3), out_type='pyramid', fuse_overview=False, **_):
     """Parameters and output channels of a backbone, cached: drop path changes neither."""
     with torch.device('meta'):
-        backbone = OverLoCK(
-            arch, out_indices=out_indices, out_type=out_type, fuse_overview=fuse_overview
-        )
+        backbone = OverLoCK(arch, out_indices=out_indices, out_type=out_type, fuse_overview=fuse_overview)
     return sum(p.numel() for p in backbone.parameters()), list(backbone.out_channels)
 
 
@@ -100,11 +91,7 @@ def config(request):
 
 
 def test_all_configs_are_there():
-    found = {
-        f'{path.parent.name}/{path.stem}'
-        for task in DROP_PATH
-        for path in (ROOT / 'configs' / task).glob('*.py')
-    }
+    found = {f'{path.parent.name}/{path.stem}' for task in DROP_PATH for path in (ROOT / 'configs' / task).glob('*.py')}
     assert len(NAMES) == 32
     assert found == set(NAMES)
 
@@ -127,10 +114,7 @@ def test_backbone(config):
     assert backbone.pop('type') == 'mmoverlock.OverLoCK'
     assert (backbone['arch'], backbone['drop_path_rate']) == (variant, DROP_PATH[task][variant])
     assert backbone.get('fuse_overview', False) == (task == 'detection')
-    assert (
-        cfg.default_scope
-        == dict(classification='mmpretrain', detection='mmdet', segmentation='mmseg')[task]
-    )
+    assert cfg.default_scope == dict(classification='mmpretrain', detection='mmdet', segmentation='mmseg')[task]
     if task == 'classification':
         assert 'init_cfg' not in backbone
     else:
@@ -168,9 +152,7 @@ def test_imagenet_recipe(name):
     assert cfg.model.head.aux_loss_weight == 0.4
     loss = cfg.model.head.loss
     assert (loss.type, loss.mode, loss.label_smooth_val) == ('LabelSmoothLoss', 'original', 0.1)
-    assert cfg.model.train_cfg == dict(
-        augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]
-    )
+    assert cfg.model.train_cfg == dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)])
 
     (ema,) = cfg.custom_hooks
     assert (ema.type, ema.momentum, ema.update_buffers) == ('EMAHook', 1e-4, True)
@@ -211,9 +193,7 @@ def rates(cfg, epochs, epoch_length):
         kwargs = {k: v for k, v in kwargs.items() if k != '_scope_'}
         cls = PARAM_SCHEDULERS.get(kwargs.pop('type'))
         if kwargs.pop('convert_to_iter_based', False):
-            schedulers.append(
-                cls.build_iter_from_epoch(optimizer, epoch_length=epoch_length, **kwargs)
-            )
+            schedulers.append(cls.build_iter_from_epoch(optimizer, epoch_length=epoch_length, **kwargs))
         else:
             schedulers.append(cls(optimizer, **kwargs))
     found = []
@@ -234,9 +214,7 @@ def test_imagenet_schedule():
     assert lr[0] == pytest.approx(1e-6)
     assert lr[5] == pytest.approx(2e-3)
     assert lr[5] == max(lr)
-    assert lr[5 + 295 // 5 * 2] == pytest.approx(
-        1e-5 + (2e-3 - 1e-5) * (1 + np.cos(0.4 * np.pi)) / 2
-    )
+    assert lr[5 + 295 // 5 * 2] == pytest.approx(1e-5 + (2e-3 - 1e-5) * (1 + np.cos(0.4 * np.pi)) / 2)
     assert lr[299] > 1e-5 * 1.001
     assert lr[300:] == pytest.approx([1e-5] * 10, rel=1e-9)  # the cooldown
 
@@ -270,9 +248,7 @@ def test_coco_recipe(name):
 @pytest.mark.parametrize('name', SEGMENTATION)
 def test_ade20k_recipe(name):
     cfg = load(name)
-    assert cfg.optim_wrapper.optimizer == dict(
-        type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01
-    )
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01)
     assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 16
     assert cfg.train_cfg.max_iters == 160000
     linear, poly = cfg.param_scheduler
@@ -290,9 +266,7 @@ def test_ade20k_recipe(name):
 
 
 # All classifiers, for their size; of the others one variant: the heads differ in in_channels alone.
-@pytest.mark.parametrize(
-    'name', CLASSIFICATION + [n for n in NAMES[4:] if '-xt_' in n and '3x' not in n]
-)
+@pytest.mark.parametrize('name', CLASSIFICATION + [n for n in NAMES[4:] if '-xt_' in n and '3x' not in n])
 def test_builds(name):
     cfg = load(name)
     init_default_scope(cfg.default_scope)
@@ -352,9 +326,7 @@ def test_ade20k_test_pictures_are_multiples_of_32(picture, tmp_path):
     cfg = load(SEGMENTATION[0])
     truth = str(tmp_path / 'truth.png')
     cv2.imwrite(truth, np.ones((90, 125), np.uint8))
-    sample = dict(
-        img_path=picture, seg_map_path=truth, seg_fields=[], label_map=None, reduce_zero_label=True
-    )
+    sample = dict(img_path=picture, seg_map_path=truth, seg_fields=[], label_map=None, reduce_zero_label=True)
     out = run_pipeline(cfg, cfg.test_dataloader.dataset.pipeline, sample)
     assert out['inputs'].shape == (3, 512, 736)  # 711 before
     assert out['data_samples'].gt_sem_seg.data.shape == (1, 90, 125)
@@ -403,9 +375,7 @@ def random_batch(name):
             box = [8, 8, 40, 40]
             masks = np.zeros((1, 64, 64), np.uint8)
             masks[:, 8:40, 8:40] = 1
-            sample = DetDataSample(
-                metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1, 1), img_id=0)
-            )
+            sample = DetDataSample(metainfo=dict(img_shape=(64, 64), ori_shape=(64, 64), scale_factor=(1, 1), img_id=0))
             sample.gt_instances = InstanceData(
                 bboxes=torch.tensor([box], dtype=torch.float32),
                 labels=torch.tensor([3]),

@@ -7,9 +7,7 @@ from mmengine.config import Config
 
 ROOT = Path(__file__).parents[2] / 'configs/real_data'
 BACKBONES = ('overlock-xt', 'resnet50', 'convnext-tiny')
-TASKS = dict(
-    cifar10='{}_cifar10', bccd='retinanet_{}_fpn_bccd', camvid='{}_upernet_camvid'
-)
+TASKS = dict(cifar10='{}_cifar10', bccd='retinanet_{}_fpn_bccd', camvid='{}_upernet_camvid')
 
 
 def load(task, backbone):
@@ -51,9 +49,7 @@ def test_from_scratch_and_trained_whole(task, backbone):
     assert not list(find(config.model.to_dict(), 'checkpoint'))
     assert not config.model.get('pretrained')
     # The same number of classes, and the same neck and heads, but for the channels that come in.
-    assert set(find(config.model.to_dict(), 'num_classes')) == {
-        dict(cifar10=10, bccd=3, camvid=11)[task]
-    }
+    assert set(find(config.model.to_dict(), 'num_classes')) == {dict(cifar10=10, bccd=3, camvid=11)[task]}
     settings = config.model.backbone
     assert settings.get('frozen_stages', -1) == -1 and not settings.get('norm_eval')
     assert not settings.get('drop_path_rate')

@@ -14,8 +14,7 @@ def write_run(folder, stamp, records):
     (run / 'vis_data').mkdir(parents=True)
     (run / 'vis_data' / 'scalars.json').write_text('\n'.join(json.dumps(r) for r in records))
     (run / f'{stamp}.log').write_text(
-        '2026/01/02 23:59:30 - mmengine - INFO - start\n\nno stamp\n'
-        '2026/01/03 00:01:00 - mmengine - INFO - end\n'
+        '2026/01/02 23:59:30 - mmengine - INFO - start\n\nno stamp\n2026/01/03 00:01:00 - mmengine - INFO - end\n'
     )
 
 

@@ -30,9 +30,7 @@ def latest_run(work_dir: str) -> str:
     """
     runs = sorted(glob(osp.join(work_dir, '*', 'vis_data', 'scalars.json')))
     if not runs:
-        raise ValueError(
-            f'{work_dir} holds no run (no */vis_data/scalars.json); name a --work-dir of tools/train.py'
-        )
+        raise ValueError(f'{work_dir} holds no run (no */vis_data/scalars.json); name a --work-dir of tools/train.py')
     return osp.dirname(osp.dirname(runs[-1]))
 
 

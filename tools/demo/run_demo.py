@@ -14,6 +14,7 @@ anew. Exit status: 0 if every target is met, 1 if one is missed or a step failed
 import argparse
 import dataclasses
 import hashlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -50,6 +51,11 @@ SMOKE_OPTIONS = (
 def _config(path):
     from mmengine.config import Config
 
+    if importlib.util.find_spec('mmoverlock') is None:  # a checkout that is not installed
+        sys.path.insert(0, str(ROOT))
+    from mmoverlock import compat
+
+    compat.apply()  # or the onedl line does not find its `mmseg::` bases
     return Config.fromfile(ROOT / path)
 
 

@@ -17,9 +17,7 @@ rand_augment = dict(
                 total_level=10,
                 magnitude_level=9,
                 magnitude_std=0.5,
-                hparams=dict(
-                    pad_val=[round(x) for x in _base_.bgr_mean], interpolation=interpolation
-                ),
+                hparams=dict(pad_val=[round(x) for x in _base_.bgr_mean], interpolation=interpolation),
             )
         ]
         for interpolation in interpolations
@@ -31,8 +29,7 @@ train_pipeline = [
     dict(
         type='RandomChoice',
         transforms=[
-            [dict(type='RandomResizedCrop', scale=224, backend='pillow', interpolation=name)]
-            for name in interpolations
+            [dict(type='RandomResizedCrop', scale=224, backend='pillow', interpolation=name)] for name in interpolations
         ],
     ),
     dict(type='RandomFlip', prob=0.5, direction='horizontal'),

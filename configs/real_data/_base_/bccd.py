@@ -47,14 +47,10 @@ val_dataloader = dict(
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        ann_file='annotations/val.json', pipeline=test_pipeline, test_mode=True, **dataset
-    ),
+    dataset=dict(ann_file='annotations/val.json', pipeline=test_pipeline, test_mode=True, **dataset),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(
-    type='CocoMetric', ann_file='data/bccd/annotations/val.json', metric='bbox', classwise=True
-)
+val_evaluator = dict(type='CocoMetric', ann_file='data/bccd/annotations/val.json', metric='bbox', classwise=True)
 test_evaluator = val_evaluator
 
 optim_wrapper = dict(optimizer=dict(lr=5e-4))
