@@ -326,10 +326,15 @@ def compile_mmcv(venv, requirement, env, into):
     status = run_with_heartbeat(command, env, log, f'compiling {requirement}')
     wheels = list(into.glob('*.whl'))
     if status != 0 or len(wheels) != 1:
-        tail = '\n'.join(log.read_text(errors='replace').splitlines()[-30:])
+        # What a compiler says stands far above the traceback of the build that called it, and
+        # its command lines are thousands of characters long.
+        lines = [line[:200] for line in log.read_text(errors='replace').splitlines()]
+        errors = [line for line in lines if re.search(r'\berror:|Killed', line)]
+        shown = '\n'.join([*errors[:10], '...', *lines[-10:]])
+        ended = f'was ended by signal {-status}' if status < 0 else f'failed with status {status}'
         raise SetupError(
-            f'{requirement} did not compile. The end of {log}:\n{tail}\n'
-            'If a compiler was killed, memory ran out: `make setup MAX_JOBS=1` takes less of it.'
+            f'compiling {requirement} {ended}. From {log}:\n{shown}\n'
+            'If it or a compiler was killed, memory ran out: `make setup MAX_JOBS=1` takes less.'
         )
     return wheels[0]
 
