@@ -26,7 +26,7 @@ if importlib.util.find_spec('mmoverlock') is None:  # a checkout that is not ins
 from mmoverlock import compat  # noqa: E402
 
 ZOOM = 3  # the scenes are small: draw on enlarged ones, so that lines and letters stay fine
-GAP = 12  # white pixels between truth and prediction
+GAP = 12  # white pixels between the pictures of a row
 
 
 def _imread(path):
@@ -41,10 +41,10 @@ def _enlarge(picture, interpolation=cv2.INTER_CUBIC):
     return cv2.resize(np.ascontiguousarray(picture), size, interpolation=interpolation)
 
 
-def _save_pair(path, truth, prediction):
-    gap = np.full((truth.shape[0], GAP, 3), 255, np.uint8)
-    pair = np.hstack([truth, gap, prediction])[..., ::-1]
-    cv2.imwrite(str(path), pair, [cv2.IMWRITE_JPEG_QUALITY, 90])
+def _save_row(path, *pictures):
+    gap = np.full((pictures[0].shape[0], GAP, 3), 255, np.uint8)
+    row = [part for picture in pictures for part in (gap, picture)][1:]
+    cv2.imwrite(str(path), np.hstack(row)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
 
 
 # ---------------------------------------------------------------- classification
@@ -138,7 +138,7 @@ def detection(config, predictions, out, number, threshold=0.5):
         dict: ``pictures``, ``classes``, ``box_ap50``, ``mask_ap50`` (percent), ``instances``.
     """
     from mmdet.structures import DetDataSample
-    from mmdet.visualization import DetLocalVisualizer
+    from mmdet.visualization import DetLocalVisualizer, local_visualizer
     from pycocotools import mask as run_lengths
     from pycocotools.coco import COCO
 
@@ -146,8 +146,11 @@ def detection(config, predictions, out, number, threshold=0.5):
     dataset = config.test_dataloader.dataset
     coco = COCO(str(Path(dataset.data_root) / dataset.ann_file))
     samples = sorted(load(predictions), key=lambda s: s['img_id'])
-    visualizer = DetLocalVisualizer(alpha=0.45, line_width=2)
-    visualizer.dataset_meta = dict(classes=config.demo_classes, palette=config.demo_palette)
+    # mmdet writes smaller on smaller shapes, too small to read here.
+    local_visualizer._get_adaptive_scales = lambda areas: np.full(len(areas), 1.2)
+    palette = [tuple(c) for c in config.demo_palette]
+    visualizer = DetLocalVisualizer(alpha=0.5, line_width=3, bbox_color=palette, mask_color=palette)
+    visualizer.dataset_meta = dict(classes=config.demo_classes, palette=palette)
 
     def instances(boxes, labels, masks, scores=None):
         masks = np.stack([_enlarge(m.astype(np.uint8), cv2.INTER_NEAREST) for m in masks] or [np.zeros((0, 0))]).astype(
@@ -197,7 +200,7 @@ def detection(config, predictions, out, number, threshold=0.5):
             ),
         )
         files.append(f'detection_{len(files)}.jpg')
-        _save_pair(out / files[-1], left, right)
+        _save_row(out / files[-1], left, right)
 
     counts = [len(coco.getAnnIds(catIds=[i])) for i in range(1, len(classes) + 1)]
     return dict(
@@ -214,7 +217,7 @@ def detection(config, predictions, out, number, threshold=0.5):
 
 
 def segmentation(config, predictions, out, number):
-    """Draw truth and prediction side by side; compute IoU class by class.
+    """Draw picture, truth and prediction side by side; compute IoU class by class.
 
     Args:
         config (Config): Config of the segmentor.
@@ -231,7 +234,7 @@ def segmentation(config, predictions, out, number):
     dataset = config.test_dataloader.dataset
     root, folders = Path(dataset.data_root), dataset.data_prefix
     classes, palette = dataset.metainfo.classes, dataset.metainfo.palette
-    visualizer = SegLocalVisualizer(alpha=0.65)
+    visualizer = SegLocalVisualizer(alpha=0.9)
     visualizer.dataset_meta = dict(classes=classes, palette=palette)
 
     def paint(picture, labels, kind):
@@ -255,8 +258,9 @@ def segmentation(config, predictions, out, number):
         if len(files) < number:
             picture = _enlarge(_imread(root / folders.img_path / f'{path.stem}.jpg'))
             files.append(f'segmentation_{len(files)}.jpg')
-            _save_pair(
+            _save_row(
                 out / files[-1],
+                picture,
                 paint(picture, truth.astype(np.uint8), 'gt_sem_seg'),
                 paint(picture, guess.astype(np.uint8), 'pred_sem_seg'),
             )

@@ -283,6 +283,7 @@ h3 { font-size: .95rem; margin: 0 0 8px; }
 p { margin: 0 0 12px; max-width: 74ch; }
 .lead { font-size: 1.08rem; color: var(--soft); }
 .note { color: var(--soft); font-size: .875rem; }
+section > :last-child { margin-bottom: 0; }
 section { background: var(--paper); border: 1px solid var(--line); border-radius: 14px;
   padding: 28px; margin-top: 24px; }
 .badge { display: inline-block; border-radius: 99px; padding: 3px 12px; font-size: .85rem;
@@ -323,7 +324,7 @@ th, td { padding: 7px 14px; border-bottom: 1px solid var(--line); text-align: ri
 th { color: var(--soft); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 .gallery { display: grid; gap: 14px; margin: 12px 0 20px;
-  grid-template-columns: repeat(auto-fill, minmax(118px, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(106px, 1fr)); }
 .gallery.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); }
 figure { margin: 0; }
 figure img { width: 100%; display: block; border-radius: 8px; }

@@ -176,7 +176,7 @@ def _segmentation(work, result, iterations, metrics):
         f'{sum(shapes) / max(len(shapes), 1):.1f}.',
         [
             Gallery(
-                'Held-out scenes: truth left, prediction right',
+                'Held-out scenes: picture, truth, prediction',
                 'The first ones, not chosen.',
                 [Picture(work / 'pictures' / name) for name in result['pictures']],
                 wide=True,
