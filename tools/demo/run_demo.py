@@ -13,6 +13,7 @@ anew. Exit status: 0 if every target is met, 1 if one is missed or a step failed
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import os
@@ -48,6 +49,7 @@ SMOKE_OPTIONS = (
 )
 
 
+@functools.lru_cache
 def _config(path):
     from mmengine.config import Config
 
