@@ -1,14 +1,13 @@
 """When the fused ContMix is chosen, and its kernels interpreted on the CPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from common import OnGpu, run_interpreted
 
-from mmoverlock.ops import BackendError, available_backends, contmix
+from mmoverlock.ops import BackendError, available_backends, contmix, triton_common
+from mmoverlock.ops.contmix import shared
 from mmoverlock.ops.contmix import triton as fused
 
 KERNEL_TESTS = Path(__file__).with_name('test_contmix_triton_kernels.py')
@@ -29,30 +28,18 @@ def arguments(groups=1, dim=2, height=5, width=5, small=1, large=3, channels=1, 
     ]
 
 
-@pytest.mark.skipif(not fused._INSTALLED, reason='needs Triton')
+@pytest.mark.skipif(not triton_common.INSTALLED, reason='needs Triton')
 def test_kernels_interpreted():
-    """In a process of their own: Triton reads the wish to interpret when it is first imported."""
-    env = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
-    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', str(KERNEL_TESTS)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert ' passed' in result.stdout
+    run_interpreted(KERNEL_TESTS)
 
 
 def refusal(monkeypatch, **options):
     """Why the call is refused on a GPU that this machine need not have."""
-    monkeypatch.setattr(fused, '_INSTALLED', True)
+    monkeypatch.setattr(triton_common, 'INSTALLED', True)
     capability = options.pop('capability', (9, 0))
-    monkeypatch.setattr(fused, '_capability', lambda index: capability)
-    args = [_Cuda(a) for a in arguments(**options)]
+    monkeypatch.setattr(triton_common, 'capability', lambda index: capability)
+    args = [OnGpu(*a.shape, dtype=a.dtype) for a in arguments(**options)]
     return fused.refuse(*args)
-
-
-class _Cuda:
-    """A tensor's shape and type on a GPU that is not there."""
-
-    def __init__(self, tensor):
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, torch.device('cuda', 0)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +65,7 @@ def test_refused_on_the_cpu_and_without_triton(monkeypatch):
     args = arguments(device='cpu')
     with pytest.raises(BackendError, match='needs CUDA tensors'):
         contmix(*args, backend='triton')
-    monkeypatch.setattr(fused, '_INSTALLED', False)
+    monkeypatch.setattr(triton_common, 'INSTALLED', False)
     with pytest.raises(BackendError, match='Triton is not installed'):
         contmix(*args, backend='triton')
 
@@ -87,7 +74,7 @@ def test_order_of_preference():
     assert available_backends('contmix') == ('triton', 'reference', 'natten')
 
 
-@pytest.mark.parametrize('shape', [(2, 8, 16, 14, 14, 5, 13), (2, 8, 16, 50, 80, 5, 13), (128, 16, 16, 7, 7, 5, 7)])
+@pytest.mark.parametrize('shape', [(2, 8, 16, 20, 20, 5, 13), (2, 8, 16, 50, 80, 5, 13), (128, 16, 16, 9, 9, 5, 7)])
 def test_backward_memory_is_planned(shape):
     """The gradients of M, the largest temporaries, stay a few hundredths of one logits tensor (or of megabytes)."""
     batch, groups, dim, height, width, small, large = shape
@@ -98,3 +85,50 @@ def test_backward_memory_is_planned(shape):
     products = 4 * chunk.batch * groups * dim * plan.logits
     assert products * (parts if parts > 1 else 0) <= max(0.05 * logits, fused.TUNING.floor)
     assert products <= max(0.05 * logits, fused.TUNING.floor)
+
+
+def test_memory_is_planned_where_windows_are_shared():
+    """Products, softmax sums, deltas, tables and their gradients at 224²: a tenth of the logits at most."""
+    plan = shared.Plan(128, 8, 14, 14, 16, 16, (5, 13))
+    table = 4 * 8 * 14 * 14 * sum(plan.padded)
+    products = 4 * plan.chunk() * 8 * 16 * sum(plan.padded)
+    sums = 2 * 4 * 128 * 8 * 2 * 14 * 14
+    cells = 4 * 8 * 14 * 14 * 256
+    assert products + sums + table * (1 + plan.splits()) + cells <= 0.1 * plan.logits_bytes
+
+
+@pytest.mark.parametrize('height, width, shared_windows', [(13, 13, True), (14, 14, True), (13, 15, False)])
+def test_which_maps_share_windows(monkeypatch, height, width, shared_windows):
+    monkeypatch.setattr(shared, 'ENABLED', True)
+    assert shared.takes(height, width, 13) == shared_windows
+    if shared_windows:
+        plan = shared.Plan(1, 1, height, width, 16, 16, (5, 13))
+        starts = {
+            (min(max(i - 6, 0), height - 13), min(max(j - 6, 0), width - 13))
+            for i in range(height)
+            for j in range(width)
+        }
+        assert plan.tiles % len(starts) == 0
+        assert len(starts) * plan.sides[0] * plan.sides[1] == height * width
+
+
+def test_unwritten_registers_are_found():
+    """On lines of machine code as ptxas has made them."""
+    import importlib.util
+
+    path = Path(__file__).resolve().parents[2] / 'tools/analysis/benchmark_contmix.py'
+    spec = importlib.util.spec_from_file_location('benchmark_contmix', path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    right = [
+        ('0', 'UMOV UR9, 0x400 '),
+        ('1', 'UIADD3 UR4, UR9, 0x2000, URZ '),
+        ('2', 'UMOV UR5, URZ '),
+        ('3', 'UIADD3.64 UR6, UR4, 0x20, URZ '),
+        ('4', 'HGMMA.64x16x16.F32 R24, R44, gdesc[UR4].tnspB, R24 '),
+        ('5', '@!P0 ULDC.64 UR16, c[0x0][0x208] '),
+        ('6', '@P5 STG.E desc[UR16][R136.64], R31 '),
+    ]
+    assert tool.unwritten(right) == []
+    for missing in (0, 1, 2, 3, 5):
+        assert tool.unwritten(right[:missing] + right[missing + 1 :])

@@ -71,11 +71,29 @@ def errors(args, function=fused):
 
 
 SHAPES = [
-    (1, 1, 4, 5, 5, 3, 5, 6, 4),  # the window is the map: nothing shifts
+    (1, 1, 4, 5, 5, 3, 5, 6, 4),  # the window is the map: one for all positions
+    (1, 2, 3, 5, 6, 3, 5, 6, 5),  # two windows
+    (2, 1, 17, 6, 6, 1, 5, 1, 2),  # four windows, a window of one pixel, more than 16 channels
+    (1, 1, 2, 9, 9, 5, 9, 4, 3),  # more positions of a window than a tile, more logits than are taken at once
     (1, 3, 3, 5, 17, 3, 5, 6, 5),  # H is the window, one pixel more than a tile
     (2, 1, 17, 7, 5, 1, 5, 1, 2),  # W is the window, one cell, a window of one pixel, more than 16 channels
     (1, 1, 2, 10, 9, 5, 9, 4, 3),  # more than eight rows in a window
 ]
+
+
+@pytest.fixture(autouse=True)
+def shared_windows(monkeypatch):
+    """Both sets of kernels are tested: each map takes those that are made for it."""
+    from mmoverlock.ops.contmix import shared
+
+    monkeypatch.setattr(shared, 'ENABLED', True)
+
+
+def test_general_kernels_take_every_map(monkeypatch):
+    from mmoverlock.ops.contmix import shared
+
+    monkeypatch.setattr(shared, 'ENABLED', False)
+    assert max(errors(arguments(1, 2, 4, 5, 6, 3, 5, 6, 4))) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize('shape', SHAPES)
@@ -128,6 +146,24 @@ def test_batch_in_chunks_and_map_in_bands(monkeypatch):
     assert triton._Plan.of(args[0], args[4], args[5], args[6]).chunk() == 1
     for a, b in zip(torch.autograd.grad(fused(*args), args, cotangent), whole):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_shared_windows_with_the_batch_in_chunks(monkeypatch):
+    import dataclasses
+
+    from mmoverlock.ops.contmix import shared
+
+    args = arguments(3, 1, 2, 4, 3, 1, 3, 4, 2)
+    cotangent = torch.randn_like(args[-1])
+    whole = torch.autograd.grad(fused(*args), args, cotangent)
+    plan = shared.Plan.of(args[0], args[4], args[5], args[6])
+    for floor, chunk, splits in ((3 * plan.logits_bytes, 3, 1), (2 * 4 * 2 * sum(plan.padded), 2, 1), (0, 1, 1)):
+        monkeypatch.setattr(
+            shared, 'TUNING', dataclasses.replace(shared.TUNING, share=0.0, sums=0.0, floor=max(floor, 1))
+        )
+        assert (plan.chunk(), plan.splits()) == (chunk, splits)
+        for a, b in zip(torch.autograd.grad(fused(*args), args, cotangent), whole):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_operator_is_registered_properly():

@@ -14,6 +14,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from mmoverlock.ops.contmix import contmix, reference  # noqa: E402
+from mmoverlock.ops.contmix import contmix, reference, shared  # noqa: E402
 from mmoverlock.ops.contmix import triton as fused  # noqa: E402
 
 NAMES = ('query', 'key', 'weight', 'bias', 'rpb1', 'rpb2', 'value')
@@ -54,6 +55,10 @@ SHAPES = [
     (1, 2, 64, 9, 44, 1, 9, 1, 40),
     (1, 16, 16, 25, 40, 5, 7, 49, 16),
     (2, 16, 16, 7, 7, 5, 7, 49, 16),
+    (2, 3, 10, 13, 14, 5, 13, 36, 10),  # two windows
+    (1, 2, 64, 10, 9, 1, 9, 1, 40),
+    (2, 5, 3, 16, 15, 7, 15, 64, 5),
+    (2, 4, 32, 13, 13, 5, 13, 49, 32),  # the positions of one window make several tiles
 ]
 
 
@@ -108,11 +113,15 @@ def check_one(shape, dtype, **options):
     return errors
 
 
+def _enable(value):
+    shared.ENABLED = value
+
+
 def in_parallel(function, *iterables):
     """``map`` over processes: Triton compiles one kernel at a time in each, and all share its cache on disk."""
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     context = multiprocessing.get_context('spawn')
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, context, _enable, (shared.ENABLED,)) as pool:
         yield from pool.map(function, *iterables)
 
 
@@ -127,23 +136,28 @@ def _check_run(run):
 def check():
     """Runs the sweep; returns whether every error is within its tolerance."""
     passed = True
-    print(f'{"shape":44} {"":22}', *(f'{n:>7}' for n in ('out', *NAMES)))
+    print('largest relative error of output and gradients, and of which')
     runs = [(s, d, dict(seed=n)) for n, s in enumerate(SHAPES) for d in TOLERANCE]
-    runs += [(SHAPES[n], d, dict(channels_last=True)) for n in (0, 2, 4) for d in TOLERANCE]
-    runs += [(SHAPES[n], d, dict(parameters=d)) for n in (1, 3) for d in (torch.float16, torch.bfloat16)]
+    runs += [(SHAPES[n], d, dict(channels_last=True)) for n in (0, 2, 4, 13) for d in TOLERANCE]
+    runs += [(SHAPES[n], d, dict(parameters=d)) for n in (0, 1, 3) for d in (torch.float16, torch.bfloat16)]
+    line = None
     for (shape, dtype, options), errors in zip(runs, in_parallel(_check_run, runs)):
+        note = ' '.join(k for k in options if k != 'seed')
+        if line != (shape, note):
+            line = (shape, note)
+            print(f'\n{str(shape):36} {note:13}', end='')
         if isinstance(errors, str):
-            print(shape, dtype, options, errors, flush=True)
+            print(f' {str(dtype)[6:]} FAILED {errors}', end='', flush=True)
             passed = False
             continue
         good = all(e <= TOLERANCE[dtype] for e in errors.values())
         passed &= good
-        note = ' '.join(str(v).replace('torch.', '') for k, v in options.items() if k != 'seed')
-        label = f'{str(dtype)[6:]:9}{"CL" if note == "True" else note:9}{"" if good else "BAD"}'
-        print(f'{str(shape):44} {label:22}', *(f'{e:7.1e}' for e in errors.values()), flush=True)
+        worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+        print(f' {str(dtype)[6:]} {errors[worst]:.1e} {worst}{"" if good else f" BAD {errors}"}', end='', flush=True)
+    print()
     # Logits of +-1e4: a softmax of nearly one element. What float32 can give is set by the rounding of the logits.
-    for dtype in TOLERANCE:
-        args = draw(SHAPES[0], dtype, scale=3000.0)
+    for shape, dtype in itertools.product((SHAPES[0], SHAPES[3]), TOLERANCE):
+        args = draw(shape, dtype, scale=3000.0)
         exact = [a.detach().double().requires_grad_() for a in args]
         cotangent = torch.randn_like(args[-1])
         results = []
@@ -156,7 +170,7 @@ def check():
         logits = reference.affinity_logits(*(a.detach().double() for a in args[:4])).abs().max()
         for name, result in (('fused', results[1]), ('float32 definition', results[2])):
             errors = [error(a, b) for a, b in zip(result, results[0])]
-            print(f'{f"logits to {logits:.0f}, {str(dtype)[6:]}, {name}":67}', *(f'{e:7.1e}' for e in errors))
+            print(f'{f"logits to {logits:.0f}, {str(dtype)[6:]}, {name}":45}', *(f'{e:.0e}' for e in errors))
         passed &= all(torch.isfinite(t).all().item() for t in results[1])
         passed &= error(results[1][0], results[0][0]) <= max(TOLERANCE[dtype], 2e-3)
     print('check', 'passed' if passed else 'FAILED', flush=True)
@@ -274,10 +288,9 @@ def time_cases(dtypes, cases, slow):
             row[f'floor {kind} forward'], row[f'floor {kind} both'] = forward_floor, both_floor
         rows.append(row)
         print(f'{name}, {row["dtype"]}, {row["layout"]}')
-        for key, value in row.items():
-            if isinstance(value, float):
-                print(f'    {key:44} {value:8.4f}')
-        sys.stdout.flush()
+        for label in contenders:
+            found = {k.removeprefix(label): v for k, v in row.items() if k.startswith(label)}
+            print(f'    {label:12}', ', '.join(f'{k.strip()} {v:.3f}' for k, v in found.items()), flush=True)
     return rows
 
 
@@ -293,35 +306,44 @@ def profile(cases, dtype=torch.float16):
                 both()
             torch.cuda.synchronize()
         print(f'{name}: microseconds a step')
-        for event in sorted(prof.key_averages(), key=lambda e: -e.device_time_total)[:12]:
-            print(f'    {event.device_time_total / 10:8.1f} {event.count / 10:5.1f}x  {event.key[:90]}')
+        for event in sorted(prof.key_averages(), key=lambda e: -e.device_time_total)[:9]:
+            print(f'    {event.device_time_total / 10:8.1f} {event.count / 10:5.1f}x  {event.key[:60]}')
         sys.stdout.flush()
 
 
 TRIALS = [dict(warps=(w, w, w)) for w in (1, 2, 4, 8, 16)]
 TRIALS += [dict(warps=(w, w, w), rows=r) for w in (1, 2, 4) for r in (2, 4, 8)]
 TRIALS += [dict(warps=(4, 8, 4), rows=8, columns=16), dict(programs=256), dict(programs=1024)]
+SHARED_TRIALS = [dict(), dict(warps=8), dict(logits=32), dict(logits=128), dict(logits=128, warps=8), dict(cells=128)]
+SHARED_TRIALS += [dict(positions=128, warps=8), dict(positions=128), dict(share=0.1, sums=0.05), dict(sums=0.05)]
+
+
+def _kind(shape):
+    """The module whose launch parameters serve a shape, and what to try for them."""
+    return (shared, SHARED_TRIALS) if shared.takes(*shape[3:5], shape[6]) else (fused, TRIALS)
 
 
 def _warm(shape, option):
-    fused.TUNING = dataclasses.replace(fused.TUNING, **option)
+    module, _ = _kind(shape)
+    module.TUNING = dataclasses.replace(module.TUNING, **option)
     try:
-        steps(fused.contmix_triton, draw((1, *shape[1:]), torch.float16))[1]()
+        steps(fused.contmix_triton, draw((2, *shape[1:]), torch.float16))[1]()
     except Exception:
         pass  # the timed run will say it
 
 
 def tune(cases, dtype=torch.float16):
     """Times every kernel under several launch parameters."""
-    kept = fused.TUNING
-    pairs = list(itertools.product(cases.values(), TRIALS))
+    pairs = [(shape, option) for shape in cases.values() for option in _kind(shape)[1]]
     list(in_parallel(_warm, [s for s, _ in pairs], [o for _, o in pairs]))
     for name, shape in cases.items():
+        module, trials = _kind(shape)
+        kept = module.TUNING
         args = draw(shape, dtype)
         _, both = steps(fused.contmix_triton, args)
         print(name)
-        for option in TRIALS:
-            fused.TUNING = dataclasses.replace(kept, **option)
+        for option in trials:
+            module.TUNING = dataclasses.replace(kept, **option)
             try:
                 both()
                 with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
@@ -332,8 +354,8 @@ def tune(cases, dtype=torch.float16):
                 print(f'    {option}: {type(problem).__name__} {str(problem)[:100]}')
                 continue
             times = {e.key: e.device_time_total / 5 for e in prof.key_averages() if e.key.endswith('_kernel')}
-            print('   ', option, {k: round(v, 1) for k, v in times.items()}, flush=True)
-        fused.TUNING = kept
+            print('   ', option, {k.removesuffix('_kernel'): round(v) for k, v in times.items()}, flush=True)
+        module.TUNING = kept
 
 
 def linear(dtype=torch.float16):
@@ -349,39 +371,48 @@ def linear(dtype=torch.float16):
 
 
 def resources(cases, capability=90):
-    """Compiles the kernels for a GPU that need not be there; prints registers, local memory, instructions.
-
-    The last column is the least time in ms if every scheduler of an H200 (132 x 4, 1.7 GHz) issued an instruction each
-    cycle, which no kernel does; for the query gradient, of its loop over rows.
-    """
+    """Compiles the kernels for a GPU that need not be there; prints registers, local memory, instructions, loops."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mmoverlock.ops.contmix import triton_kernels as kernels
+    from mmoverlock.ops.contmix import shared_kernels, triton_kernels
 
     cuobjdump = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
-    print(f'{"case":18} {"kernel":18} warps registers local shared instructions  least ms')
+    print(f'{"case":18} {"kernel":26} warps registers local shared instructions  of which loops')
+    sound = True
     for name, shape in cases.items():
         batch, groups, dim, height, width, small, large, _, channels = shape
-        plan = fused._Plan(batch, groups, height, width, dim, channels, (small, large))
-        constants = plan.common(True, torch.empty(1, 1))
-        stages = constants.pop('num_stages')
-        tables = (plan.places(8), {**plan.places(16), **plan.diagonals()}, plan.blocks())
-        launches = (kernels.forward_kernel, kernels.query_grad_kernel, kernels.value_grad_kernel)
-        for kernel, table, warps in zip(launches, tables, fused.TUNING.warps):
+        if shared.takes(height, width, large):
+            module, warps = shared_kernels, [shared.TUNING.warps] * 5
+            kernels = [
+                f'contmix_shared_{k}_kernel'
+                for k in ('forward', 'query_grad', 'value_grad', 'table_grad', 'product_grad')
+            ]
+            known = shared.Plan(batch, groups, height, width, dim, channels, (small, large)).constants(
+                True, torch.empty(1, 1)
+            )
+            constants = [{k: v for k, v in known.items() if not k.startswith('num_')}] * 5
+        else:
+            module, warps = triton_kernels, fused.TUNING.warps
+            kernels = ['contmix_forward_kernel', 'contmix_query_grad_kernel', 'contmix_value_grad_kernel']
+            plan = fused._Plan(batch, groups, height, width, dim, channels, (small, large))
+            known = {k: v for k, v in plan.common(True, torch.empty(1, 1)).items() if not k.startswith('num_')}
+            tables = (plan.places(8), {**plan.places(16), **plan.diagonals()}, plan.blocks())
+            constants = [{**known, **table} for table in tables]
+        for label, known, count in zip(kernels, constants, warps):
+            kernel = getattr(module, label)
             signature, values, hints = {}, {}, {}
             for place, argument in enumerate(kernel.arg_names):
-                known = {**constants, **table}
                 if argument in known or argument in ('sqw', 'svw', 'sow', 'sgw', 'sdw'):
                     signature[argument], values[(place,)] = 'constexpr', known.get(argument, 1)
-                elif argument in kernels._SIZES or argument[0] == 's':
+                elif argument in module._SIZES or argument[0] == 's':
                     signature[argument] = 'i32'
                 else:
                     signature[argument] = '*fp16' if argument in ('q', 'v', 'g', 'out', 'dq', 'dv') else '*fp32'
                     hints[(place,)] = [['tt.divisibility', 16]]
             source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
-            options = dict(num_warps=warps, num_stages=stages)
+            options = dict(num_warps=count, num_stages=1)
             compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
             with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
                 Path(file.name).write_bytes(compiled.asm['cubin'])
@@ -391,15 +422,49 @@ def resources(cases, capability=90):
             registers, local = re.search(r'REG:(\d+) STACK:(\d+)', dump[0]).groups()
             lines = re.findall(r'/\*([0-9a-f]{4,})\*/\s+(.*?);', dump[1])
             jumps = [re.search(r'BRA.* 0x([0-9a-f]+)', text) for _, text in lines]
-            loops = [int(at, 16) - int(jump[1], 16) for (at, _), jump in zip(lines, jumps) if jump]
-            issued = max(loops) // 16 if kernel is kernels.query_grad_kernel else len(lines)
-            least = batch * groups * height * plan.tiles * warps * issued / (132 * 4 * 1.7e6)
-            label = kernel.__name__.removesuffix('_kernel')
+            loops = [(int(at, 16) - int(jump[1], 16)) // 16 for (at, _), jump in zip(lines, jumps) if jump]
+            label = label.removeprefix('contmix_').removesuffix('_kernel')
             print(
-                f'{name:18} {label:18} {warps:5} {registers:>9} {local:>5} {compiled.metadata.shared:6} '
-                f'{len(lines):12} {least:9.3f}',
+                f'{name:18} {label:26} {count:5} {registers:>9} {local:>5} '
+                f'{compiled.metadata.shared:6} {len(lines):12}  {[n for n in loops if n > 0]}',
                 flush=True,
             )
+            for text in unwritten(lines):
+                sound = False
+                print(f'    MISCOMPILED: reads a register before it is written: {text}')
+    return sound
+
+
+def unwritten(lines):
+    """Instructions that read a uniform register before any wrote it, which ptxas has been seen to make.
+
+    A wrong address of a matrix product's operand is the result: wrong numbers, or an access to memory that is not ours.
+
+    Args:
+        lines (list[tuple[str, str]]): Addresses and texts of a kernel's machine code, in order.
+    """
+    written, found = set(), []
+    for _, text in lines:
+        name, *operands = re.sub(r'^@!?U?P\w+ ', '', text).strip().replace(',', ' ').split()
+        operands = [o for o in operands if not re.match(r'!?U?P[\dT]', o)]
+        uniform = name.startswith(('U', 'S2UR', 'R2UR'))
+        width = 4 if '.128' in name else 2 if '.64' in name or '.WIDE' in name else 1
+        target = ()
+        for place, operand in enumerate(operands):
+            for kind, number, pair in re.findall(r'(gdesc|desc)?\[?[-~|]*UR(\d+)(\.64)?', operand):
+                first = int(number)
+                if uniform and place == 0 and not kind:
+                    target = range(first, first + width)
+                    continue
+                if kind == 'gdesc':  # two descriptors; where the left operand is in registers, the right one only
+                    reads = range(first + 2 if operands[1][0] == 'R' else first, first + 4)
+                else:
+                    wide = kind or pair or (uniform and '.64' in name and not name.startswith('ULDC'))
+                    reads = range(first, first + (2 if wide else 1))
+                if not written.issuperset(reads):
+                    found.append(text)
+        written.update(target)
+    return found
 
 
 def main():
@@ -407,11 +472,13 @@ def main():
     parts = ('check', 'time', 'profile', 'tune', 'linear', 'resources')
     parser.add_argument('--only', nargs='+', choices=parts, default=['check', 'time', 'profile'])
     parser.add_argument('--cases', nargs='+', choices=list(CASES), default=list(CASES))
+    parser.add_argument('--shared', action='store_true', help='use the kernels for shared windows, too')
     parser.add_argument('--no-baseline', action='store_true', help='leave out the composition of PyTorch operators')
     parser.add_argument('--json', help='file for all numbers')
     args = parser.parse_args()
+    shared.ENABLED |= args.shared
     if args.only == ['resources']:
-        return resources({name: CASES[name] for name in args.cases})
+        sys.exit(not resources({name: CASES[name] for name in args.cases}))
     if not torch.cuda.is_available():
         parser.error('this script needs a CUDA device')
     cases = {name: CASES[name] for name in args.cases}
@@ -425,7 +492,7 @@ def main():
     if 'tune' in args.only and passed:
         tune(cases)
     if 'resources' in args.only:
-        resources(cases)
+        passed &= resources(cases)
     if 'linear' in args.only and passed:
         result['linear'] = linear()
     if args.json:

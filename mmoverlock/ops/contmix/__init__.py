@@ -12,8 +12,7 @@ from .triton import refuse as refuse_triton
 register(
     'contmix',
     [
-        # Checked with Triton's interpreter and compiled for sm_90, not yet run on a GPU: only when asked for.
-        Backend('triton', contmix_triton, refuse_triton, auto=False),
+        Backend('triton', contmix_triton, refuse_triton),
         Backend('reference', contmix_reference, lambda *args: None),
         Backend('natten', contmix_natten, refuse_natten, auto=False),
     ],

@@ -5,7 +5,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from .reference import affinity_logits, mix_rows, no_autocast
+from ..autocast import no_autocast
+from .reference import affinity_logits, mix_rows
 
 
 def _na2d_av():

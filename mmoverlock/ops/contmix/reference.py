@@ -1,13 +1,14 @@
 """ContMix in plain PyTorch: the definition that every fast form is tested against."""
 
 import math
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import Callable, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..autocast import no_autocast
 
 # Elements of the largest temporary of one chunk of rows (2**24 floats are 64 MiB); what keeps memory bounded on large
 # maps.
@@ -20,13 +21,15 @@ def window_starts(length: int, window: int, device: torch.device) -> Tensor:
     Returns:
         Tensor: int64, shape (length,): ``clamp(i - window // 2, 0, length - window)``.
     """
-    return (torch.arange(length, device=device) - window // 2).clamp(0, length - window)
+    # The lower bound last: where a map is too small after all (an exported graph checks nothing), indices leave the
+    # map, which is an error, instead of coming round from its other side.
+    return (torch.arange(length, device=device) - window // 2).clamp(max=length - window).clamp(min=0)
 
 
 def _tables(height: int, width: int, window: int, device: torch.device) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Neighbours of every row (H, K) and column (W, K), and where their windows begin in the position bias."""
     rows, cols = (window_starts(length, window, device) for length in (height, width))
-    bias_rows, bias_cols = (start - torch.arange(len(start), device=device) + window - 1 for start in (rows, cols))
+    bias_rows, bias_cols = (start - torch.arange(start.shape[0], device=device) + window - 1 for start in (rows, cols))
     offsets = torch.arange(window, device=device)
     return rows[:, None] + offsets, cols[:, None] + offsets, bias_rows, bias_cols
 
@@ -37,7 +40,7 @@ _cached_tables = lru_cache(maxsize=256)(_tables)
 
 def index_tables(height: int, width: int, window: int, device: torch.device):
     """:func:`_tables`, kept between calls except while a graph is traced (a traced tensor must not outlive it)."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
         return _tables(height, width, window, device)
     with torch.inference_mode(False):  # an inference tensor in the cache could not serve training later
         return _cached_tables(height, width, window, device)
@@ -66,8 +69,8 @@ def window_softmax(logits: Tensor, rpb: Tensor, row0: int, height: int) -> Tenso
 def window_sum(attn: Tensor, value: Tensor, row0: int) -> Tensor:
     """Sum of the values in each position's window, weighted by ``attn``.
 
-    The weights are laid out over the rows of the map that the chunk's windows reach, zero outside the window, so that
-    the sum is a matrix product: no window of values is copied.
+    A row of positions reads K rows of the map. The weights are laid out over the whole width of those rows, zero
+    outside the window, so that the sum is a matrix product a row: no window of values is copied.
 
     Args:
         attn (Tensor): (B, G, h, W, K*K), for the rows from ``row0``.
@@ -78,16 +81,14 @@ def window_sum(attn: Tensor, value: Tensor, row0: int) -> Tensor:
         Tensor: (B, G, D, h, W).
     """
     batch, groups, rows, width, area = attn.shape
-    height, window = value.shape[3], math.isqrt(area)
-    first = min(max(row0 - window // 2, 0), height - window)
-    last = min(max(row0 + rows - 1 - window // 2, 0), height - window) + window
+    dim, height, window = value.shape[2], value.shape[3], math.isqrt(area)
     neighbour_rows, neighbour_cols, _, _ = index_tables(height, width, window, attn.device)
-    index = (neighbour_rows[row0 : row0 + rows, None, :, None] - first) * width + neighbour_cols[None, :, None, :]
-    index = index.reshape(1, 1, rows * width, area).expand(batch, groups, -1, -1)
-    attn = attn.reshape(batch, groups, rows * width, area)
-    spread = attn.new_zeros(batch, groups, rows * width, (last - first) * width).scatter(-1, index, attn)
-    band = value[:, :, :, first:last].flatten(3)
-    return torch.matmul(band, spread.transpose(-1, -2)).unflatten(-1, (rows, width))
+    index = neighbour_cols[:, None, :].expand(batch, groups, rows, -1, window, -1)
+    spread = attn.new_zeros(batch, groups, rows, width, window, width)
+    spread = spread.scatter(-1, index, attn.reshape(batch, groups, rows, width, window, window))
+    bands = value.permute(0, 1, 3, 4, 2).index_select(2, neighbour_rows[row0 : row0 + rows].flatten())
+    bands = bands.reshape(batch, groups, rows, window * width, dim)
+    return torch.matmul(spread.flatten(4), bands).permute(0, 1, 4, 2, 3)
 
 
 def mix_rows(
@@ -107,11 +108,10 @@ def mix_rows(
     return torch.cat([out1.flatten(1, 2), out2.flatten(1, 2)], dim=1)
 
 
-def no_autocast(device_type: str):
-    """A context without autocast: the operator chooses its own precision."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+def _keeps_sizes_open() -> bool:
+    """Whether a graph for maps of any size is being recorded, by torch.export or torch.jit.trace."""
+    exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)  # torch < 2.7 has no is_exporting
+    return torch.jit.is_tracing() or exporting()
 
 
 def affinity_logits(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -126,9 +126,9 @@ def affinity_logits(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) ->
     Returns:
         Tensor: (B, G, h, W, s²+K²).
     """
-    rows, width = query.shape[-2:]
+    batch, groups, _, rows, width = query.shape
     affinity = torch.matmul(query.flatten(3).transpose(-1, -2), key)
-    return F.linear(affinity, weight, bias).unflatten(2, (rows, width))
+    return F.linear(affinity, weight, bias).reshape(batch, groups, rows, width, weight.shape[0])
 
 
 def contmix_reference(
@@ -151,11 +151,15 @@ def contmix_reference(
         query, key, weight, bias, rpb1, rpb2, value = (
             t.to(dtype) for t in (query, key, weight, bias, rpb1, rpb2, value)
         )
-        batch, groups, _, height, width = query.shape
-        small, large = value.unflatten(1, (2, groups, -1)).unbind(1)
+        # Sizes are read from the four-dimensional map: ONNX's older exporter loses track of them in an unflatten().
+        groups, (batch, _, height, width) = query.shape[1], value.shape
+        query = query.reshape(batch, groups, query.shape[2], height, width)
+        small, large = value.reshape(batch, 2, groups, value.shape[1] // (2 * groups), height, width).unbind(1)
         window = (rpb2.shape[1] + 1) // 2
-        # A chunk of as many rows as half a window reads about one and a half windows of rows: little waste.
-        per_row = batch * groups * width * max(min(height, 2 * window) * width, window * window)
+        if _keeps_sizes_open():  # in chunks, their number would be fixed in the graph
+            logits = affinity_logits(query, key, weight, bias)
+            return mix_rows(logits, rpb1, rpb2, small, large, 0).to(out_dtype)
+        per_row = batch * groups * width * window * max(width, window)
         step = max(1, min(height, _CHUNK_ELEMENTS // max(per_row, 1)))
         chunks = []
         for row0 in range(0, height, step):

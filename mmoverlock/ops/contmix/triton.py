@@ -5,23 +5,20 @@ graphs, checkpointing and export see a call of known shapes. The kernels are in 
 at the first call: importing the package must not need Triton.
 """
 
-import contextlib
-import importlib.util
-import os
 from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from ..triton_common import HALF, on, power_of_two, refuse_tensors
+from . import shared
 from .reference import contmix_reference
+from .sizes import Sizes
 
 _TILE = 16  # positions of a tile: the fewest rows of a matrix product on tensor cores
 _MAX_WINDOW = 15  # a window of 17 would be padded to 32 x 32 logits a position: more than registers hold
 _MAX_WIDTH = 64
-_HALF = (torch.float16, torch.bfloat16)
-_FLOAT = (torch.float32, *_HALF)
-_INSTALLED = importlib.util.find_spec('triton') is not None
 
 
 @dataclass(frozen=True)
@@ -49,26 +46,11 @@ class Tuning:
 TUNING = Tuning()
 
 
-def interpreted() -> bool:
-    """Whether Triton was asked to run kernels on the CPU, slowly, to test them."""
-    return os.environ.get('TRITON_INTERPRET', '0') == '1'
-
-
 def refuse(query, key, weight, bias, rpb1, rpb2, value) -> Optional[str]:
     """Why the fused operator cannot serve the call, or None."""
-    tensors = dict(query=query, key=key, weight=weight, bias=bias, rpb1=rpb1, rpb2=rpb2, value=value)
-    if not _INSTALLED:
-        return 'Triton is not installed (it comes with PyTorch for Linux)'
-    for name, tensor in tensors.items():
-        if tensor.device != query.device:
-            return f'query is on {query.device}, {name} on {tensor.device}'
-    if query.device.type != 'cuda' and not (query.device.type == 'cpu' and interpreted()):
-        return f'it needs CUDA tensors, these are on {query.device.type}'
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _FLOAT:
-            return f'it computes float16, bfloat16 and float32, {name} is {str(tensor.dtype)[6:]}'
-    if query.device.type == 'cuda' and _capability(query.device.index) < (8, 0):
-        return 'it needs a GPU of compute capability 8.0 (Ampere) or newer'
+    reason = refuse_tensors(dict(query=query, key=key, weight=weight, bias=bias, rpb1=rpb1, rpb2=rpb2, value=value))
+    if reason:
+        return reason
     for name, rpb in (('small', rpb1), ('large', rpb2)):
         if (rpb.shape[1] + 1) // 2 > _MAX_WINDOW:
             return f'the {name} window is {(rpb.shape[1] + 1) // 2}, it takes windows up to {_MAX_WINDOW}'
@@ -79,37 +61,13 @@ def refuse(query, key, weight, bias, rpb1, rpb2, value) -> Optional[str]:
     return None
 
 
-@torch.compiler.assume_constant_result
-def _capability(index: Optional[int]) -> Tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
 def contmix_triton(query, key, weight, bias, rpb1, rpb2, value) -> Tensor:
     """As :func:`mmoverlock.ops.contmix.contmix_reference`, fused; see :func:`refuse` for what it takes."""
     return torch.ops.mmoverlock.contmix(query, key, weight, bias, rpb1, rpb2, value)[0]
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Sizes of one call, and what the kernels' constants follow from them."""
-
-    batch: int
-    groups: int
-    height: int
-    width: int
-    dim: int
-    channels: int  # of the values of one head
-    windows: Tuple[int, int]
-
-    @classmethod
-    def of(cls, query: Tensor, rpb1: Tensor, rpb2: Tensor, value: Tensor) -> '_Plan':
-        batch, groups, dim, height, width = query.shape
-        windows = ((rpb1.shape[1] + 1) // 2, (rpb2.shape[1] + 1) // 2)
-        return cls(batch, groups, height, width, dim, value.shape[1] // (2 * groups), windows)
-
-    @property
-    def logits(self) -> int:
-        return sum(k * k for k in self.windows)
+class _Plan(Sizes):
+    """What the kernels' constants follow from the sizes of a call."""
 
     @property
     def tiles(self) -> int:
@@ -121,13 +79,13 @@ class _Plan:
 
     def columns(self, window: int) -> int:
         """Columns of the map that the windows of one tile cover, padded."""
-        return max(16, _power_of_two(window), _power_of_two(min(_TILE - 1 + window, self.width)))
+        return max(16, power_of_two(window), power_of_two(min(_TILE - 1 + window, self.width)))
 
     def common(self, half: bool, *tensors: Tensor) -> dict:
         far = 64 * max(abs(s) for t in tensors for s in t.stride()[1:])
         return dict(
-            BD=max(16, _power_of_two(self.dim)),
-            BE=max(16, _power_of_two(self.channels)),
+            BD=max(16, power_of_two(self.dim)),
+            BE=max(16, power_of_two(self.channels)),
             BT=_TILE,
             HALF=half,
             WIDE=far >= 2**31,
@@ -143,24 +101,24 @@ class _Plan:
         constants = {}
         for n, window in enumerate(self.windows, 1):
             constants[f'K{n}'] = window
-            constants[f'BA{n}'] = _power_of_two(window)
-            constants[f'BK{n}'] = max(least if self.width > window else 16, _power_of_two(window))
+            constants[f'BA{n}'] = power_of_two(window)
+            constants[f'BK{n}'] = max(least if self.width > window else 16, power_of_two(window))
             constants[f'BC{n}'] = self.columns(window)
             constants[f'SHIFT{n}'] = self.width > window
         return constants
 
     def diagonals(self) -> dict:
         """Constants of the gradient of the position bias: its padded side."""
-        return {f'BU{n}': max(16, _power_of_two(2 * window - 1)) for n, window in enumerate(self.windows, 1)}
+        return {f'BU{n}': max(16, power_of_two(2 * window - 1)) for n, window in enumerate(self.windows, 1)}
 
     def blocks(self) -> dict:
         """Constants of the gradient of the values: how many positions are looked at from one value at once."""
         constants = {}
         for n, window in enumerate(self.windows, 1):
             constants[f'K{n}'] = window
-            constants[f'BK{n}'] = max(8, _power_of_two(window))
-            constants[f'BI{n}'] = min(TUNING.rows, _power_of_two(window))
-            constants[f'BJ{n}'] = min(TUNING.columns, max(16, _power_of_two(self.width)))
+            constants[f'BK{n}'] = max(8, power_of_two(window))
+            constants[f'BI{n}'] = min(TUNING.rows, power_of_two(window))
+            constants[f'BJ{n}'] = min(TUNING.columns, max(16, power_of_two(self.width)))
         return constants
 
     def rows(self) -> int:
@@ -176,14 +134,7 @@ class _Plan:
 
     def chunk(self) -> int:
         """Batch elements to take at once, so that the products of keys and weight stay small beside the logits."""
-        product = 4 * self.groups * self.dim * self.logits
-        logits = 4 * self.batch * self.groups * self.height * self.width * self.logits
-        chunks = -(-self.batch * product // int(max(TUNING.floor, TUNING.share * logits)))
-        return -(-self.batch // max(1, chunks))
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+        return self._chunk(self.logits, TUNING)
 
 
 def _products(key: Tensor, weight: Tensor) -> Tensor:
@@ -191,31 +142,31 @@ def _products(key: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(key.float(), weight.float().t())
 
 
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == 'cuda' else contextlib.nullcontext()
-
-
 @torch.library.custom_op('mmoverlock::contmix', mutates_args=())
 def _contmix(
     query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, value: Tensor
 ) -> Tuple[Tensor, Tensor]:
     """The mixed values, and the log-sum-exp (B, G, 2, H, W) of every softmax, which the backward needs."""
-    from .triton_kernels import forward_kernel
+    from .triton_kernels import contmix_forward_kernel
 
     plan = _Plan.of(query, rpb1, rpb2, value)
     out = torch.empty_like(value)
     top = query.new_empty((plan.batch, plan.groups, 2, plan.height, plan.width), dtype=torch.float32)
+    if shared.takes(plan.height, plan.width, plan.windows[1]):
+        with torch.autocast(query.device.type, enabled=False), on(query.device):
+            shared.forward(query, key, weight, bias, rpb1, rpb2, value, out, top)
+        return out, top
     total = torch.empty_like(top)
     bias, rpb1, rpb2 = (t.contiguous() for t in (bias, rpb1, rpb2))
     step = plan.chunk()
-    with torch.autocast(query.device.type, enabled=False), _on(query.device):
+    with torch.autocast(query.device.type, enabled=False), on(query.device):
         for first in range(0, plan.batch, step):
             part = slice(first, first + step)
             query_, value_, out_ = query[part], value[part], out[part]
-            forward_kernel[(len(query_) * plan.groups * plan.height * plan.tiles,)](
+            contmix_forward_kernel[(len(query_) * plan.groups * plan.height * plan.tiles,)](
                 query_, _products(key[part], weight), bias, rpb1, rpb2, value_, out_, top[part], total[part],
                 *query.stride(), *value.stride(), *out.stride(), *plan.sizes,
-                **plan.places(8), **plan.common(query.dtype in _HALF, query, value, out), num_warps=TUNING.warps[0],
+                **plan.places(8), **plan.common(query.dtype in HALF, query, value, out), num_warps=TUNING.warps[0],
             )  # fmt: skip
     # The logarithm here, not in the kernel, whose layout would have every thread take it of every position.
     return out, top.add_(total.log_())
@@ -242,11 +193,16 @@ def _contmix_backward(
     """Gradients of the seven inputs of ``mmoverlock::contmix``."""
     plan = _Plan.of(query, rpb1, rpb2, value)
     dquery, dkey, dvalue = (torch.empty_like(t) for t in (query, key, value))
+    inputs = (weight, bias, rpb1, rpb2)
+    if shared.takes(plan.height, plan.width, plan.windows[1]):
+        with torch.autocast(query.device.type, enabled=False), on(query.device):
+            sums = shared.backward(grad, query, key, *inputs, value, lse, dquery, dkey, dvalue)
+        return [dquery, dkey, *(total.to(t.dtype) for total, t in zip(sums, inputs)), dvalue]
     weight32 = weight.float()
     bias_, rpb1_, rpb2_ = (t.contiguous() for t in (bias, rpb1, rpb2))
     sums: List[Tensor] = []
     step = plan.chunk()
-    with torch.autocast(query.device.type, enabled=False), _on(query.device):
+    with torch.autocast(query.device.type, enabled=False), on(query.device):
         for first in range(0, plan.batch, step):
             part = slice(first, first + step)
             dproducts, *biases = _chunk_backward(
@@ -258,7 +214,6 @@ def _contmix_backward(
             del dproducts
             terms = [dweight, *biases]
             sums = [a + b for a, b in zip(sums, terms)] if sums else terms
-    inputs = (weight, bias, rpb1, rpb2)
     return [dquery, dkey, *(total.to(t.dtype) for total, t in zip(sums, inputs)), dvalue]
 
 
@@ -267,12 +222,12 @@ def _chunk_backward(grad, query, products, bias, rpb1, rpb2, value, lse, dquery,
 
     ``products`` (M) may be overwritten with its own gradient.
     """
-    from .triton_kernels import query_grad_kernel, value_grad_kernel
+    from .triton_kernels import contmix_query_grad_kernel, contmix_value_grad_kernel
 
     plan = _Plan.of(query, rpb1, rpb2, value)
     heads = plan.batch * plan.groups
-    half = query.dtype in _HALF
-    value_grad_kernel[(heads * plan.height * plan.tiles,)](
+    half = query.dtype in HALF
+    contmix_value_grad_kernel[(heads * plan.height * plan.tiles,)](
         query, products, bias, rpb1, rpb2, lse, grad, dvalue,
         *query.stride(), *grad.stride(), *dvalue.stride(), *plan.sizes,
         **plan.blocks(), **plan.common(half, query, grad, dvalue), num_warps=TUNING.warps[2],
@@ -287,7 +242,7 @@ def _chunk_backward(grad, query, products, bias, rpb1, rpb2, value, lse, dquery,
     biases = [products.new_empty(plan.batch, plan.groups, parts, plan.logits)]
     for window in plan.windows:
         biases.append(products.new_empty(plan.batch, plan.groups, parts, 2 * window - 1, 2 * window - 1))
-    query_grad_kernel[(heads * parts,)](
+    contmix_query_grad_kernel[(heads * parts,)](
         query, products, bias, rpb1, rpb2, value, lse, grad, dquery, dproducts, *biases,
         *query.stride(), *value.stride(), *grad.stride(), *dquery.stride(), *plan.sizes, rows, heads, 0,
         **plan.places(16), **plan.diagonals(), **plan.common(half, query, value, grad, dquery),

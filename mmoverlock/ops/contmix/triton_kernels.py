@@ -162,7 +162,7 @@ def _window_forward(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def forward_kernel(
+def contmix_forward_kernel(
     q, m, bias, rpb1, rpb2, v, out, top, total,
     sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sob, soc, soh, sow,
     G, H, W, D, N, E,
@@ -266,7 +266,7 @@ def _store_sums(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def query_grad_kernel(
+def contmix_query_grad_kernel(
     q, m, bias, rpb1, rpb2, v, lse, g, dq, dm, dbias, drpb1, drpb2,
     sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw, sdb, sdg, sdd, sdh, sdw,
     G, H, W, D, N, E, ROWS, HEADS, ZERO,
@@ -400,7 +400,7 @@ def _window_value_grad(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def value_grad_kernel(
+def contmix_value_grad_kernel(
     q, m, bias, rpb1, rpb2, lse, g, dv,
     sqb, sqg, sqd, sqh, sqw, sgb, sgc, sgh, sgw, sdb, sdc, sdh, sdw,
     G, H, W, D, N, E,

@@ -8,10 +8,13 @@ from ..backends import Backend, dispatch, register
 from .implicit_gemm import depthwise_conv2d_implicit_gemm
 from .implicit_gemm import refuse as refuse_implicit_gemm
 from .reference import depthwise_conv2d_reference
+from .triton import depthwise_conv2d_triton
+from .triton import refuse as refuse_triton
 
 register(
     'depthwise_conv2d',
     [
+        Backend('triton', depthwise_conv2d_triton, refuse_triton),
         Backend('reference', depthwise_conv2d_reference, lambda *args: None),
         Backend('implicit_gemm', depthwise_conv2d_implicit_gemm, refuse_implicit_gemm, auto=False),
     ],
@@ -29,14 +32,14 @@ def depthwise_conv2d(
 
     Args:
         x (Tensor): (B, C, H, W).
-        weight (Tensor): (C, 1, k, k), k odd.
+        weight (Tensor): (C, 1, k, k), k odd. It and ``bias`` are rounded to the type of ``x``, or of autocast.
         bias (Tensor, optional): (C,). Defaults to None.
         dilation (int): Distance of the kernel's taps in pixels. Defaults to 1.
-        backend (str): ``'auto'``, ``'reference'``, ``'implicit_gemm'``. The environment variable
+        backend (str): ``'auto'``, ``'triton'``, ``'reference'``, ``'implicit_gemm'``. The environment variable
             ``MMOVERLOCK_BACKEND`` overrides ``'auto'``. Defaults to ``'auto'``.
 
     Returns:
-        Tensor: (B, C, H, W).
+        Tensor: (B, C, H, W). ``'triton'`` gives it contiguous, whatever the memory format of ``x``.
 
     Raises:
         ValueError: The weight does not fit the channels, or its size is even.

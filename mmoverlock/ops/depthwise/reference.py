@@ -9,4 +9,5 @@ from torch import Tensor
 def depthwise_conv2d_reference(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
     """PyTorch's own convolution with one group a channel; arguments as :func:`mmoverlock.ops.depthwise_conv2d`."""
     padding = dilation * (weight.shape[-1] - 1) // 2
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])

@@ -1,0 +1,559 @@
+"""Triton kernels of ContMix for maps little larger than the large window, as all maps of 224² images are.
+
+On such a map the large window has few different places (four on 14 x 14 with K = 13, one on 7 x 7 with K = 7), and all
+positions whose window is at the same place weigh the same K² values. A tile is ``BT`` such positions, so that all is
+plain matrix products, as in attention: logits (BT, K²) = queries · M and mix = weights · values. M = key · weightᵀ
+belongs to the head. No program needs more than ``BN`` of the K² columns at once, and none writes what another writes
+or adds to: sums over tiles or over the batch are each in the loop of one program, which computes the logits anew. See
+docs/contmix.md.
+
+The small window moves from position to position. Its logits are a product likewise; its weights are then laid out over
+the cells of the map that the tile's windows reach, by a gather through shared memory, for which a tensor is flattened:
+along an axis Triton would shuffle registers, at several times the cost.
+
+Names: i, j rows and columns of positions; a cell is a place in the map that is looked at; n a place in a window. K1, K2
+the windows; N1, N2 their logits, padded, in M (columns 0 ... N1 - 1 and N1 ... N1 + N2 - 1) and in the table, which
+holds the bias and the position bias of every position and -inf in the padding. D, E channels of a head's queries and
+values, BD and BE padded. Tiles past the last position repeat it, with no weight: loads need no mask. What is named
+``..._t`` has channels along its rows.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from .triton_kernels import _dot, _index, _split, _start
+
+_INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
+# Compiled once for all batches and heads; but for each of the four maps that a window has, where this saves divisions.
+_SIZES = ('G', 'D', 'E', 'BATCH', 'SPLITS', 'STEP')
+
+
+@triton.jit
+def _logits(q_t, m, bias, HALF: tl.constexpr):
+    """(positions, n) from queries (BD, positions), M (BD, n) and the table's entries, to fp32 precision.
+
+    Half precision is exact in tf32. The table goes in as what the product is added to, to stay in its layout.
+    """
+    q = tl.trans(q_t)
+    if HALF:
+        high, low = _split(m)
+        return tl.dot(q, high, tl.dot(q, low, bias, input_precision='tf32'), input_precision='tf32')
+    else:
+        return tl.dot(q, m, input_precision='ieee') + bias
+
+
+@triton.jit
+def _exp(x):
+    """The exponential as one instruction: it need not be right where it is below 1e-38, which costs three more."""
+    if _INTERPRETED:
+        return tl.exp(x)
+    else:
+        return libdevice.fast_expf(x)
+
+
+@triton.jit
+def _tile(tile, W: tl.constexpr, K: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, BT: tl.constexpr):
+    """A tile: rows and columns of its positions, which of them are real, row and column of their window.
+
+    The positions that share a window are SH x SW; a tile takes whole rows of them, padded to a power of two.
+    """
+    pitch: tl.constexpr = 4 if SW <= 4 else 8 if SW <= 8 else 16
+    height: tl.constexpr = BT // pitch
+    parts: tl.constexpr = (SH + height - 1) // height
+    row = tile // parts // (W - K + 1)
+    col = tile // parts % (W - K + 1)
+    t = tl.arange(0, BT)
+    i = tile % parts * height + t // pitch
+    j = t % pitch
+    return row * SH + tl.minimum(i, SH - 1), col * SW + tl.minimum(j, SW - 1), (i < SH) & (j < SW), row, col
+
+
+@triton.jit
+def _load(x, i, j, sc, sh, sw, C, BC: tl.constexpr, WIDE: tl.constexpr):
+    """(BC, places): channels of x at the places (i, j)."""
+    c = _index(BC, WIDE)
+    if WIDE:
+        i = i.to(tl.int64)
+        j = j.to(tl.int64)
+    return tl.load(x + (c * sc)[:, None] + (i * sh + j * sw)[None, :], mask=(c < C)[:, None], other=0.0)
+
+
+@triton.jit
+def _store(x, y, i, j, sc, sh, sw, C, mask, BC: tl.constexpr, WIDE: tl.constexpr):
+    """Stores y (places, BC)."""
+    c = _index(BC, WIDE)
+    if WIDE:
+        i = i.to(tl.int64)
+        j = j.to(tl.int64)
+    offsets = (c * sc)[:, None] + (i * sh + j * sw)[None, :]
+    tl.store(x + offsets, tl.trans(y).to(x.dtype.element_ty), mask=(c < C)[:, None] & mask[None, :])
+
+
+@triton.jit
+def _load_m(m, n, D, N: tl.constexpr, BD: tl.constexpr):
+    d = tl.arange(0, BD)
+    return tl.load(m + (d * N)[:, None] + n[None, :], mask=(d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def _window_cells(n, row, col, K: tl.constexpr):
+    """Rows and columns of the places n of the window at (row, col); those of the padding are somewhere in it."""
+    return row + tl.minimum(n // K, K - 1), col + n % K
+
+
+@triton.jit
+def _pick(x, index, inside, R: tl.constexpr, S: tl.constexpr):
+    """(R, S): x's element ``index`` where inside, else 0. The flat form makes Triton go through shared memory."""
+    index = tl.where(inside, index, 0)
+    picked = tl.gather(tl.reshape(x, (x.numel,)), tl.reshape(index, (R * S,)), 0)
+    return tl.where(inside, tl.reshape(picked, (R, S)), 0.0)
+
+
+@triton.jit
+def _to_cells(p, i, j, r, c, H, W, K: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """Weights (BT, BN) over each position's window, laid out over the cells (r, c): (BT, BC)."""
+    a = r[None, :] - _start(i, H, K)[:, None]
+    b = c[None, :] - _start(j, W, K)[:, None]
+    inside = (a >= 0) & (a < K) & (b >= 0) & (b < K)
+    index = (tl.arange(0, BT) * BN)[:, None] + a * K + b
+    return _pick(p, index, inside, BT, BC)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def contmix_shared_forward_kernel(
+    q, m, table, v, out, lse,
+    sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sob, soc, soh, sow,
+    G, D, E,
+    H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
+    TILES: tl.constexpr, K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Mixed values of one tile of one head, and the log-sum-exp (B, G, 2, H, W) of both softmaxes."""
+    N: tl.constexpr = N1 + N2
+    head = (tl.program_id(0) // TILES).to(tl.int64)
+    batch = head // G
+    group = head % G
+    i, j, real, row, col = _tile(tl.program_id(0) % TILES, W, K2, SH, SW, BT)
+    position = i * W + j
+    q_t = _load(q + batch * sqb + group * sqg, i, j, sqd, sqh, sqw, D, BD, WIDE).to(tl.float32)
+    m += head * D * N
+    lse += head * 2 * H * W
+    table += (group * H * W + position[:, None]) * N
+    v += batch * svb
+    out += batch * sob
+
+    n1 = tl.arange(0, N1)
+    logits1 = _logits(q_t, _load_m(m, n1, D, N, BD), tl.load(table + n1[None, :]), HALF)
+    top = tl.max(logits1, 1)
+    p1 = _exp(logits1 - top[:, None])
+    total = tl.sum(p1, 1)
+    tl.store(lse + position, top + tl.log(total), mask=real)
+    p1 = p1.to(v.dtype.element_ty)
+    row1 = _start(row * SH, H, K1)
+    col1 = _start(col * SW, W, K1)
+    # Channels along the rows: of the other way round, ptxas of CUDA 12.8 makes code that reads a register before it is
+    # written, for half precision. tools/analysis/benchmark_contmix.py --only resources looks for that.
+    mixed_t = tl.zeros((BE, BT), tl.float32)
+    for first in range(0, RH * RW, BC):
+        cell = first + tl.arange(0, BC)
+        r1 = row1 + cell // RW
+        c1 = col1 + cell % RW
+        values1 = _load(v + group * E * svc, tl.minimum(r1, H - 1), c1, svc, svh, svw, E, BE, WIDE)
+        spread = _to_cells(p1, i, j, r1, c1, H, W, K1, N1, BT, BC)
+        mixed_t = tl.dot(values1, tl.trans(spread.to(values1.dtype)), mixed_t, input_precision='tf32x3')
+    _store(out + group * E * soc, tl.trans(mixed_t / total[None, :]), i, j, soc, soh, sow, E, real, BE, WIDE)
+
+    # The large window: values share their place, the softmax is that of flash attention.
+    top = tl.full((BT,), float('-inf'), tl.float32)
+    total = tl.zeros((BT,), tl.float32)
+    mixed = tl.zeros((BT, BE), tl.float32)
+    for first in range(0, N2, BN):
+        n = first + tl.arange(0, BN)
+        logits = _logits(q_t, _load_m(m + N1, n, D, N, BD), tl.load(table + N1 + n[None, :]), HALF)
+        r, c = _window_cells(n, row, col, K2)
+        values = _load(v + (group + G) * E * svc, r, c, svc, svh, svw, E, BE, WIDE)
+        higher = tl.maximum(top, tl.max(logits, 1))
+        p = _exp(logits - higher[:, None])
+        scale = _exp(top - higher)
+        total = total * scale + tl.sum(p, 1)
+        mixed = tl.dot(p.to(values.dtype), tl.trans(values), mixed * scale[:, None], input_precision='tf32x3')
+        top = higher
+    tl.store(lse + H * W + position, top + tl.log(total), mask=real)
+    _store(out + (group + G) * E * soc, mixed / total[:, None], i, j, soc, soh, sow, E, real, BE, WIDE)
+
+
+@triton.jit
+def _moved_weight_grad(
+    g_t, v, i, j, row, col, svc, svh, svw, E,
+    H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
+    K: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """(BT, BN): gradients of the weights of windows that move: g · v over all cells, picked for every window."""
+    n = tl.arange(0, BN)
+    row = _start(row * SH, H, K)
+    col = _start(col * SW, W, K)
+    cell = ((_start(i, H, K) - row) * RW + _start(j, W, K) - col)[:, None] + (n // K * RW + n % K)[None, :]
+    dp = tl.zeros((BT, BN), tl.float32)
+    for first in range(0, RH * RW, BC):
+        places = first + tl.arange(0, BC)
+        r = tl.minimum(row + places // RW, H - 1)
+        values = _load(v, r, col + places % RW, svc, svh, svw, E, BE, WIDE)
+        products = tl.dot(tl.trans(g_t.to(values.dtype)), values, input_precision='tf32x3')
+        inside = (cell >= first) & (cell < first + BC) & (n < K * K)[None, :]
+        dp += _pick(products, (tl.arange(0, BT) * BC - first)[:, None] + cell, inside, BT, BN)
+    return dp
+
+
+@triton.jit
+def _shared_weight_grad(
+    g_t, v, n, row, col, svc, svh, svw, E,
+    K: tl.constexpr, BE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """(BT, n): gradients of the weights of the places n of a window that all positions share."""
+    r, c = _window_cells(n, row, col, K)
+    values = _load(v, r, c, svc, svh, svw, E, BE, WIDE)
+    return tl.dot(tl.trans(g_t.to(values.dtype)), values, input_precision='tf32x3')
+
+
+@triton.jit
+def _weights(q_t, m, table, n, lse, HALF: tl.constexpr):
+    """(BT, n): softmax of the logits, whose log-sum-exp is known."""
+    return _exp(_logits(q_t, m, tl.load(table + n[None, :]), HALF) - lse[:, None])
+
+
+@triton.jit
+def _query_grad(ds, m, HALF: tl.constexpr):
+    if HALF:
+        return tl.dot(ds, tl.trans(m), input_precision='tf32')
+    else:  # Triton 3.6 does not compile tf32x3 beside the product of the logits
+        return tl.dot(ds, tl.trans(m), input_precision='ieee')
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def contmix_shared_query_grad_kernel(
+    q, m, table, v, lse, g, dq, delta,
+    sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw, sdb, sdg, sdd, sdh, sdw,
+    G, D, E,
+    H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
+    TILES: tl.constexpr, K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the queries of one tile of one head; delta (B, G, 2, H, W): weights times their gradients, summed.
+
+    Delta is also the sum of the output times its gradient, but the output has been rounded.
+    """
+    N: tl.constexpr = N1 + N2
+    head = (tl.program_id(0) // TILES).to(tl.int64)
+    batch = head // G
+    group = head % G
+    i, j, real, row, col = _tile(tl.program_id(0) % TILES, W, K2, SH, SW, BT)
+    position = i * W + j
+    q_t = _load(q + batch * sqb + group * sqg, i, j, sqd, sqh, sqw, D, BD, WIDE).to(tl.float32)
+    m += head * D * N
+    lse += head * 2 * H * W
+    delta += head * 2 * H * W
+    table += (group * H * W + position[:, None]) * N
+    v += batch * svb
+    g += batch * sgb
+
+    n1 = tl.arange(0, N1)
+    m1 = _load_m(m, n1, D, N, BD)
+    g1_t = _load(g + group * E * sgc, i, j, sgc, sgh, sgw, E, BE, WIDE)
+    dp1 = _moved_weight_grad(
+        g1_t, v + group * E * svc, i, j, row, col, svc, svh, svw, E, H, W, SH, SW, RH, RW, K1, N1, BE, BT, BC, WIDE
+    )
+    p1 = _weights(q_t, m1, table, n1, tl.load(lse + position), HALF)
+    sums = tl.sum(p1 * dp1, 1)
+    tl.store(delta + position, sums, mask=real)
+    query_grad = _query_grad(p1 * (dp1 - sums[:, None]), m1, HALF)
+
+    # A softmax needs delta before its gradient: the large window's logits are computed twice.
+    v += (group + G) * E * svc
+    g_t = _load(g + (group + G) * E * sgc, i, j, sgc, sgh, sgw, E, BE, WIDE)
+    total = tl.load(lse + H * W + position)
+    sums = tl.zeros((BT,), tl.float32)
+    for first in range(0, N2, BN):
+        n = first + tl.arange(0, BN)
+        dp = _shared_weight_grad(g_t, v, n, row, col, svc, svh, svw, E, K2, BE, WIDE)
+        p = _weights(q_t, _load_m(m + N1, n, D, N, BD), table + N1, n, total, HALF)
+        sums += tl.sum(p * dp, 1)
+    tl.store(delta + H * W + position, sums, mask=real)
+    for first in range(0, N2, BN):
+        n = first + tl.arange(0, BN)
+        dp = _shared_weight_grad(g_t, v, n, row, col, svc, svh, svw, E, K2, BE, WIDE)
+        m2 = _load_m(m + N1, n, D, N, BD)
+        p = _weights(q_t, m2, table + N1, n, total, HALF)
+        query_grad += _query_grad(p * (dp - sums[:, None]), m2, HALF)
+    _store(dq + batch * sdb + group * sdg, query_grad, i, j, sdd, sdh, sdw, D, real, BD, WIDE)
+
+
+@triton.jit
+def _logit_grad(
+    q_t, m, table, v, lse, delta, g, tile, n, batch, group, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
+    G, E,
+    H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
+    K: tl.constexpr, K2: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    HALF: tl.constexpr, WIDE: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    """(BT, BN): gradients of the logits at n of one tile, 0 where it has no position."""
+    i, j, real, row, col = _tile(tile, W, K2, SH, SW, BT)
+    position = LARGE * H * W + i * W + j
+    channel = (group + LARGE * G) * E
+    g_t = _load(g + batch * sgb + channel * sgc, i, j, sgc, sgh, sgw, E, BE, WIDE)
+    v += batch * svb + channel * svc
+    if LARGE:
+        dp = _shared_weight_grad(g_t, v, n, row, col, svc, svh, svw, E, K, BE, WIDE)
+    else:
+        dp = _moved_weight_grad(g_t, v, i, j, row, col, svc, svh, svw, E, H, W, SH, SW, RH, RW, K, BN, BE, BT, BC, WIDE)
+    place = (batch * G + group) * 2 * H * W + position
+    total = tl.where(real, tl.load(lse + place), float('inf'))
+    return _weights(q_t, m, table, n, total, HALF) * (dp - tl.load(delta + place)[:, None])
+
+
+@triton.jit
+def _product_grad(
+    q, m, table, v, lse, delta, g, first, head, sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
+    G, D, E,
+    H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
+    TILES: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    """Replaces BN columns of a head's M by their gradient, dM = Σ over tiles of q · dS."""
+    batch = head // G
+    group = head % G
+    n = first + tl.arange(0, BN)
+    m += head * D * N
+    part = _load_m(m, n, D, N, BD)
+    dm = tl.zeros((BD, BN), tl.float32)
+    for tile in range(0, TILES):
+        i, j, _, _, _ = _tile(tile, W, K2, SH, SW, BT)
+        q_t = _load(q + batch * sqb + group * sqg, i, j, sqd, sqh, sqw, D, BD, WIDE).to(tl.float32)
+        ds = _logit_grad(
+            q_t, part, table + (group * H * W + i * W + j)[:, None] * N, v, lse, delta, g, tile, n, batch, group,
+            svb, svc, svh, svw, sgb, sgc, sgh, sgw, G, E, H, W, SH, SW, RH, RW, K, K2, BN, BE, BT, BC, HALF, WIDE,
+            LARGE,
+        )  # fmt: skip
+        dm += _dot(q_t, ds, HALF)
+    d = tl.arange(0, BD)
+    tl.debug_barrier()  # every thread must have read M
+    tl.store(m + (d * N)[:, None] + n[None, :], dm, mask=(d < D)[:, None])
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def contmix_shared_product_grad_kernel(
+    q, m, table, v, lse, delta, g,
+    sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
+    G, D, E,
+    H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
+    TILES: tl.constexpr, K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of M, in its place: a program the columns of the small window, or BN of the large one's."""
+    N: tl.constexpr = N1 + N2
+    CHUNKS: tl.constexpr = 1 + N2 // BN
+    chunk = tl.program_id(0) % CHUNKS
+    head = (tl.program_id(0) // CHUNKS).to(tl.int64)
+    if chunk == 0:
+        _product_grad(
+            q, m, table, v, lse, delta, g, 0, head, sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
+            G, D, E, H, W, SH, SW, RH, RW, TILES, K1, K2, N, N1, BD, BE, BT, BC, HALF, WIDE, 0,
+        )  # fmt: skip
+    else:
+        _product_grad(
+            q, m + N1, table + N1, v, lse, delta, g, (chunk - 1) * BN, head, sqb, sqg, sqd, sqh, sqw, svb, svc, svh,
+            svw, sgb, sgc, sgh, sgw, G, D, E, H, W, SH, SW, RH, RW, TILES, K2, K2, N, BN, BD, BE, BT, BC, HALF, WIDE, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _table_grad(
+    q, m, table, v, lse, delta, g, dtable, tile, first, split, group,
+    sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
+    G, D, E, BATCH, STEP,
+    H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
+    K: tl.constexpr, K2: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    n = first + tl.arange(0, BN)
+    i, j, real, _, _ = _tile(tile, W, K2, SH, SW, BT)
+    offsets = (group * H * W + i * W + j)[:, None] * N
+    sums = tl.zeros((BT, BN), tl.float32)
+    for b in range(split * STEP, tl.minimum(split * STEP + STEP, BATCH)):
+        batch = (split * STEP).to(tl.int64) + (b - split * STEP)
+        part = _load_m(m + (batch * G + group) * D * N, n, D, N, BD)
+        q_t = _load(q + batch * sqb + group * sqg, i, j, sqd, sqh, sqw, D, BD, WIDE).to(tl.float32)
+        sums += _logit_grad(
+            q_t, part, table + offsets, v, lse, delta, g, tile, n, batch, group,
+            svb, svc, svh, svw, sgb, sgc, sgh, sgw, G, E, H, W, SH, SW, RH, RW, K, K2, BN, BE, BT, BC, HALF, WIDE,
+            LARGE,
+        )  # fmt: skip
+    dtable += split.to(tl.int64) * G * H * W * N
+    tl.store(dtable + offsets + n[None, :], sums, mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def contmix_shared_table_grad_kernel(
+    q, m, table, v, lse, delta, g, dtable,
+    sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
+    G, D, E, BATCH, SPLITS, STEP,
+    H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
+    TILES: tl.constexpr, K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """(SPLITS, G, H, W, N1 + N2): the gradients of the logits, summed over STEP elements of the batch."""
+    N: tl.constexpr = N1 + N2
+    CHUNKS: tl.constexpr = 1 + N2 // BN
+    chunk = tl.program_id(0) % CHUNKS
+    split = tl.program_id(0) // CHUNKS % SPLITS
+    tile = tl.program_id(0) // CHUNKS // SPLITS % TILES
+    group = (tl.program_id(0) // CHUNKS // SPLITS // TILES).to(tl.int64)
+    if chunk == 0:
+        _table_grad(
+            q, m, table, v, lse, delta, g, dtable, tile, 0, split, group,
+            sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
+            G, D, E, BATCH, STEP, H, W, SH, SW, RH, RW, K1, K2, N, N1, BD, BE, BT, BC, HALF, WIDE, 0,
+        )  # fmt: skip
+    else:
+        _table_grad(
+            q, m + N1, table + N1, v, lse, delta, g, dtable + N1, tile, (chunk - 1) * BN, split, group,
+            sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
+            G, D, E, BATCH, STEP, H, W, SH, SW, RH, RW, K2, K2, N, BN, BD, BE, BT, BC, HALF, WIDE, 1,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def contmix_shared_value_grad_kernel(
+    q, m, table, cells, lse, g, dv,
+    sqb, sqg, sqd, sqh, sqw, sgb, sgc, sgh, sgw, sdb, sdc, sdh, sdw,
+    G, D, E,
+    H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
+    TILES: tl.constexpr, K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of BC values of one half of a head: from all tiles, the weight that every position gives them."""
+    N: tl.constexpr = N1 + N2
+    chunks: tl.constexpr = (H * W + BC - 1) // BC
+    cell = tl.program_id(0) % chunks * BC + tl.arange(0, BC)
+    r = cell // W
+    c = cell % W
+    large = tl.program_id(0) // chunks % 2
+    head = (tl.program_id(0) // chunks // 2).to(tl.int64)
+    batch = head // G
+    group = head % G
+    q += batch * sqb + group * sqg
+    m += head * D * N
+    lse += head * 2 * H * W + large * H * W
+    g += batch * sgb + (group + large * G) * E * sgc
+    out = tl.zeros((BC, BE), tl.float32)
+    for tile in range(0, TILES):
+        i, j, real, row, col = _tile(tile, W, K2, SH, SW, BT)
+        position = i * W + j
+        q_t = _load(q, i, j, sqd, sqh, sqw, D, BD, WIDE).to(tl.float32)
+        g_t = _load(g, i, j, sgc, sgh, sgw, E, BE, WIDE)
+        total = tl.where(real, tl.load(lse + position), float('inf'))
+        position += group * H * W
+        if large:
+            # M is read in the order of the cells, and the table is in it: -inf where a cell is not in the window.
+            a = r - row
+            b = c - col
+            n2 = N1 + tl.where((a >= 0) & (a < K2) & (b >= 0) & (b < K2), a * K2 + b, 0)
+            biases = cells + position[:, None] * (chunks * BC)
+            p2 = _weights(q_t, _load_m(m, n2, D, N, BD), biases, cell, total, HALF)
+            p = p2.to(g_t.dtype)
+        else:
+            n1 = tl.arange(0, N1)
+            p1 = _weights(q_t, _load_m(m, n1, D, N, BD), table + position[:, None] * N, n1, total, HALF)
+            p = _to_cells(p1.to(g_t.dtype), i, j, r, c, H, W, K1, N1, BT, BC).to(g_t.dtype)
+        out = tl.dot(tl.trans(p), tl.trans(g_t), out, input_precision='tf32x3')
+    dv += batch * sdb + (group + large * G) * E * sdc
+    _store(dv, out, tl.minimum(r, H - 1), c, sdc, sdh, sdw, E, cell < H * W, BE, WIDE)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def contmix_shared_table_kernel(
+    bias, rpb1, rpb2, table,
+    H: tl.constexpr, W: tl.constexpr,
+    K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BX: tl.constexpr,
+):  # fmt: skip
+    """(G, H, W, N1 + N2): bias plus position bias of one position, -inf in the padding."""
+    i = tl.program_id(0) % (H * W) // W
+    j = tl.program_id(0) % W
+    group = tl.program_id(0) // (H * W)
+    x = tl.arange(0, BX)
+    large = x >= N1
+    n = tl.where(large, x - N1, x)
+    k = tl.where(large, K2, K1)
+    a = tl.where(large, n // K2, n // K1)
+    b = n - a * k
+    u = tl.where(large, _start(i, H, K2), _start(i, H, K1)) - i + k - 1 + a
+    w = tl.where(large, _start(j, W, K2), _start(j, W, K1)) - j + k - 1 + b
+    side = 2 * k - 1
+    place = (group * side + u) * side + w
+    inside = (n < k * k) & (x < N1 + N2)
+    value = tl.load(bias + tl.where(large, K1 * K1, 0) + n, mask=inside, other=float('-inf')).to(tl.float32)
+    value += tl.load(rpb1 + place, mask=inside & (x < N1), other=0.0).to(tl.float32)
+    value += tl.load(rpb2 + place, mask=inside & large, other=0.0).to(tl.float32)
+    tl.store(table + tl.program_id(0).to(tl.int64) * (N1 + N2) + x, value, mask=x < N1 + N2)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def contmix_shared_cells_kernel(
+    bias, rpb, table,
+    H: tl.constexpr, W: tl.constexpr, K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr,
+    CELLS: tl.constexpr, BX: tl.constexpr,
+):  # fmt: skip
+    """(G, H, W, CELLS): the large window's part of the table, for the cells of the map, -inf outside the window."""
+    i = tl.program_id(0) % (H * W) // W
+    j = tl.program_id(0) % W
+    group = tl.program_id(0) // (H * W)
+    x = tl.arange(0, BX)
+    a = x // W - _start(i, H, K2)
+    b = x % W - _start(j, W, K2)
+    inside = (a >= 0) & (a < K2) & (b >= 0) & (b < K2)
+    value = tl.load(bias + K1 * K1 + a * K2 + b, mask=inside, other=float('-inf')).to(tl.float32)
+    side: tl.constexpr = 2 * K2 - 1
+    place = (group * side + x // W - i + K2 - 1) * side + x % W - j + K2 - 1
+    value += tl.load(rpb + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(table + tl.program_id(0).to(tl.int64) * CELLS + x, value, mask=x < CELLS)
+
+
+@triton.jit
+def _position_bias_grad(
+    dtable, drpb, group, u, SPLITS, G,
+    H: tl.constexpr, W: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BU: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Row u of the gradient of one group's position bias: what lies at (u, w) from every position, summed."""
+    w = tl.arange(0, BU)
+    sums = tl.zeros((BP, BU), tl.float32)
+    for first in range(0, H * W, BP):
+        position = first + tl.arange(0, BP)
+        i = position // W
+        j = position % W
+        a = u - (_start(i, H, K) - i + K - 1)
+        b = w[None, :] - (_start(j, W, K) - j + K - 1)[:, None]
+        inside = ((position < H * W) & (a >= 0) & (a < K))[:, None] & (b >= 0) & (b < K)
+        places = (group * H * W + position)[:, None] * N + (a * K)[:, None] + b
+        split = dtable
+        for _ in range(0, SPLITS):
+            sums += tl.load(split + places, mask=inside, other=0.0)
+            split += G * H * W * N
+    side: tl.constexpr = 2 * K - 1
+    tl.store(drpb + (group * side + u) * side + w, tl.sum(sums, 0), mask=w < side)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def contmix_shared_position_bias_grad_kernel(
+    dtable, drpb1, drpb2, SPLITS, G,
+    H: tl.constexpr, W: tl.constexpr,
+    K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BU: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Gradients of both position biases from those of the table: a program one row of one of them."""
+    u = tl.program_id(0) % (2 * K1 + 2 * K2 - 2)
+    group = tl.program_id(0) // (2 * K1 + 2 * K2 - 2)
+    if u < 2 * K1 - 1:
+        _position_bias_grad(dtable, drpb1, group, u, SPLITS, G, H, W, N1 + N2, K1, BU, BP)
+    else:
+        _position_bias_grad(dtable + N1, drpb2, group, u - 2 * K1 + 1, SPLITS, G, H, W, N1 + N2, K2, BU, BP)

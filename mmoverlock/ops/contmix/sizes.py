@@ -1,0 +1,46 @@
+"""Sizes of one call of ContMix in Triton, from which either set of kernels plans its launches."""
+
+from dataclasses import dataclass
+from typing import Tuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of one call."""
+
+    batch: int
+    groups: int
+    height: int
+    width: int
+    dim: int
+    channels: int  # of the values of one head
+    windows: Tuple[int, int]
+
+    @classmethod
+    def of(cls, query: Tensor, rpb1: Tensor, rpb2: Tensor, value: Tensor) -> 'Sizes':
+        batch, groups, dim, height, width = query.shape
+        windows = ((rpb1.shape[1] + 1) // 2, (rpb2.shape[1] + 1) // 2)
+        return cls(batch, groups, height, width, dim, value.shape[1] // (2 * groups), windows)
+
+    @property
+    def logits(self) -> int:
+        """Logits of a position, of both windows."""
+        return sum(k * k for k in self.windows)
+
+    @property
+    def logits_bytes(self) -> int:
+        """Size of what is never written: the logits of the call in fp32."""
+        return 4 * self.batch * self.groups * self.height * self.width * self.logits
+
+    def _chunk(self, columns: int, tuning) -> int:
+        """Batch elements to take at once, so that the products of keys and weight stay small beside the logits.
+
+        Args:
+            columns (int): Columns of a product, one for every logit and padding.
+            tuning: With ``share`` of the logits' bytes, and ``floor`` in bytes.
+        """
+        product = 4 * self.groups * self.dim * columns
+        chunks = -(-self.batch * product // int(max(tuning.floor, tuning.share * self.logits_bytes)))
+        return -(-self.batch // max(1, chunks))

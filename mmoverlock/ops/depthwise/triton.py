@@ -1,0 +1,288 @@
+"""Depthwise convolution in Triton, on tensor cores; forward, input gradient and weight gradient.
+
+Two ``torch.library`` operators, ``mmoverlock::depthwise_conv2d`` and ``mmoverlock::depthwise_conv2d_weight_grad``:
+``torch.compile``, CUDA graphs, checkpointing and export see calls of known shapes. The kernels are in
+``triton_kernels``, which is imported at the first call: importing the package must not need Triton.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ..triton_common import HALF, on, power_of_two, refuse_tensors
+from .reference import depthwise_conv2d_reference
+
+_MAX_COLUMNS = 128  # of an input window: more would not fit on chip beside their band
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch parameters, measured on an H200 with tools/analysis/benchmark_depthwise.py.
+
+    Args:
+        area (int): Pixels of an output tile: columns of the matrix product.
+        tiles (int): Tiles a program of the convolution: rows of the product.
+        depth (int): Pixels of the window that the product runs over at a time.
+        warps (int): Warps a program.
+        stages (int): Loads in flight.
+        vector (int): Bytes a load takes at most.
+        grad_area, grad_depth, grad_tiles, grad_warps, grad_stages (int): The same of the weight gradient: pixels of
+            an output tile, pixels of the window a program, tiles at a time, warps, stages.
+        grad_programs (int): Programs of the weight gradient to aim at, by splitting the tiles.
+    """
+
+    area: int = 64
+    tiles: int = 128
+    depth: int = 64
+    warps: int = 4
+    stages: int = 3
+    vector: int = 16
+    grad_area: int = 64
+    grad_depth: int = 128
+    grad_tiles: int = 64
+    grad_warps: int = 4
+    grad_stages: int = 3
+    grad_programs: int = 528
+
+
+TUNING = Tuning()
+
+
+def refuse(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Optional[str]:
+    """Why the kernels cannot serve the call, or None."""
+    tensors = dict(x=x, weight=weight)
+    if bias is not None:
+        tensors['bias'] = bias
+    reason = refuse_tensors(tensors)
+    if reason:
+        return reason
+    if dilation * (weight.shape[-1] - 1) > _MAX_COLUMNS - 32:
+        return f'the kernel spans {dilation * (weight.shape[-1] - 1) + 1} pixels, it takes {_MAX_COLUMNS - 31}'
+    if 0 in x.shape:
+        return 'a tensor is empty'
+    return None
+
+
+def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
+    """As the reference, but the result is contiguous (NCHW) whatever the memory format of ``x``.
+
+    Computes in the type of ``x``, or in that of autocast, with sums in float32; ``weight`` and ``bias`` may be of
+    another type and are rounded on the way. A value that is not finite may reach all outputs within 32 pixels of it.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return torch.ops.mmoverlock.depthwise_conv2d(x.contiguous(), weight, bias, dilation, False)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a map is cut into tiles; the names are those of ``triton_kernels``."""
+
+    dilation: int
+    reach: int  # column of the window, relative to that of the tile, which the kernel's first tap is in
+    vectors: Tuple[int, int]  # V, VO
+    tile: Tuple[int, int]  # HS, BN
+    window: Tuple[int, int]  # R, BU
+    before: Tuple[int, int]  # UP, LEFT
+    strips: int
+    across: int  # SW
+    together: int  # L
+    lanes: int
+    flat: bool
+
+    @classmethod
+    def of(cls, x: Tensor, size: int, dilation: int, area: int, lanes: int) -> '_Plan':
+        """Plans a convolution.
+
+        Args:
+            x (Tensor): The map.
+            size (int): K.
+            dilation (int): DIL.
+            area (int): Pixels that a tile may have.
+            lanes (int): Tiles that a program would like to have.
+        """
+        batch, _, height, width = x.shape
+        reach = size // 2 * dilation
+        most = max(1, TUNING.vector // x.element_size())
+        row = math.gcd(width, most)
+        left = -(-reach // row) * row
+        # A narrow map is its own window: nothing beyond its borders is multiplied.
+        narrow = max(8, power_of_two(width))
+        choices = [(narrow, narrow, 0)] if width <= 64 else []
+        choices += [(power_of_two(left + n + reach), n, left) for n in (16, 32, 64)]
+        choices = [c for c in choices if c[0] <= _MAX_COLUMNS]
+        columns, across, left = min(choices, key=lambda c: -(-width // c[1]) * c[0] * c[1])
+        rows = -(-height // dilation)
+        down = max(16 // across, 1, min(area // across, power_of_two(rows)))  # a product has 16 columns at least
+        flat = left == 0 and across >= width and dilation == 1
+        up, vector = size // 2, row
+        window = down + size - 1
+        if down >= rows:
+            up, window = 0, rows
+        if flat:
+            # Up to three rows more above, if that lets wider loads begin there.
+            vector = math.gcd(height * width, most)
+            if up:
+                spare = max(range(4), key=lambda n: (math.gcd((up + n) * width, down * width, vector), -n))
+                vector = math.gcd((up + spare) * width, down * width, vector)
+                up, window = up + spare, window + spare
+        count = -(-width // across)
+        strips = dilation * -(-rows // down)
+        together = 1
+        if batch * count < min(64, lanes):
+            together = min(strips, dilation * max(1, lanes // (batch * count * dilation)))
+        return cls(
+            dilation, left - reach, (vector, row), (down, across), (window, columns), (up, left), strips, count,
+            together, batch * count * together, flat,
+        )  # fmt: skip
+
+    @property
+    def groups(self) -> int:
+        return -(-self.strips // self.together)
+
+    def columns(self, width: int) -> Tuple[int, int]:
+        """Columns of a window and of a tile of the gradient, as they are counted in a map of this width."""
+        return (width, width) if self.flat else (self.window[1], self.tile[1])
+
+    def length(self, width: int) -> int:
+        """Pixels of a window."""
+        return self.window[0] * self.columns(width)[0]
+
+    def sizes(self, *kernel: int) -> Tuple[int, ...]:
+        left = self.before[1] // self.vectors[0]
+        return (
+            *kernel, self.dilation, self.window[0], self.before[0], left, self.strips, self.across, self.together,
+            self.lanes,
+        )  # fmt: skip
+
+    def maps(self, x: Tensor) -> Tuple[int, ...]:
+        _, channels, height, width = x.shape
+        return channels, height, width // self.vectors[1], height * width // self.vectors[0]
+
+    def constants(self, dtype: torch.dtype, tiles: int, stages: int) -> dict:
+        """Constants and options that all kernels share."""
+        if self.vectors[0] * dtype.itemsize < 4:  # too little for an asynchronous copy: every load holds registers
+            tiles, stages = min(tiles, 64), 1
+        return dict(
+            num_stages=stages,
+            V=self.vectors[0],
+            VO=self.vectors[1],
+            BM=min(tiles, max(16, power_of_two(self.lanes))),
+            HS=self.tile[0],
+            BN=self.tile[1],
+            BU=self.window[1],
+            FLAT=self.flat,
+            ONE=self.together == 1,
+            PRECISION='ieee' if dtype in HALF else 'tf32x3',
+        )
+
+
+def forward_launch(x: Tensor, size: int, dilation: int) -> Tuple[_Plan, dict]:
+    """Plan, and constants and options of ``depthwise_forward_kernel``."""
+    plan = _Plan.of(x, size, dilation, TUNING.area, TUNING.tiles)
+    constants = plan.constants(x.dtype, TUNING.tiles, TUNING.stages)
+    depth = min(TUNING.depth, max(16, power_of_two(plan.length(x.shape[3]))))
+    return plan, dict(constants, BK=depth if plan.flat else max(depth, plan.window[1]), num_warps=TUNING.warps)
+
+
+def grad_launch(x: Tensor, size: int, dilation: int) -> Tuple[_Plan, dict]:
+    """Plan, and constants and options of ``depthwise_weight_grad_kernel``."""
+    tiles = TUNING.grad_tiles if x.dtype in HALF else TUNING.grad_tiles // 2
+    plan, width = _Plan.of(x, size, dilation, TUNING.grad_area, tiles), x.shape[3]
+    constants = plan.constants(x.dtype, tiles, TUNING.grad_stages)
+    depth = min(TUNING.grad_depth, max(16, power_of_two(plan.length(width))))
+    pixels = max(16, power_of_two(plan.tile[0] * plan.columns(width)[1]))
+    return plan, dict(constants, BK=depth, NP=pixels, num_warps=TUNING.grad_warps)
+
+
+@torch.library.custom_op('mmoverlock::depthwise_conv2d', mutates_args=())
+def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, flip: bool) -> Tensor:
+    """The convolution of a contiguous map; with ``flip`` the kernel is turned by half a turn."""
+    from .triton_kernels import depthwise_band_kernel, depthwise_forward_kernel
+
+    channels, size = x.shape[1], weight.shape[-1]
+    x, weight = x.contiguous(), weight.contiguous()
+    plan, constants = forward_launch(x, size, dilation)
+    out = torch.empty_like(x)
+    band = x.new_empty((channels, size, plan.window[1], plan.tile[1]))
+    with on(x.device):
+        depthwise_band_kernel[(-(-band.numel() // 1024),)](
+            weight, band, size, dilation, plan.reach, band.numel(),
+            BU=plan.window[1], BN=plan.tile[1], FLIP=flip, BLOCK=1024,
+        )  # fmt: skip
+        depthwise_forward_kernel[(channels * plan.groups * -(-plan.lanes // constants['BM']),)](
+            x, band, weight if bias is None else bias, out, *plan.maps(x), *plan.sizes(size), **constants,
+            BIAS=bias is not None,
+        )  # fmt: skip
+    return out
+
+
+@_conv.register_fake
+def _(x, weight, bias, dilation, flip):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op('mmoverlock::depthwise_conv2d_weight_grad', mutates_args=())
+def _weight_grad(grad: Tensor, x: Tensor, size: int, dilation: int) -> Tensor:
+    """Gradient (C, 1, size, size) of the weight, in float32."""
+    from .triton_kernels import depthwise_diagonal_kernel, depthwise_weight_grad_kernel
+
+    channels, width = x.shape[1], x.shape[3]
+    x, grad = x.contiguous(), grad.contiguous()
+    plan, constants = grad_launch(x, size, dilation)
+    pixels, length = constants['NP'], plan.length(width)
+    # Splits fill the GPU, but each adds its products to memory.
+    blocks, slices = -(-plan.lanes // constants['BM']), -(-length // constants['BK'])
+    parts = max(1, min(TUNING.grad_programs // (channels * slices * blocks), plan.groups // 4))
+    part = -(-plan.groups // parts)
+    splits = blocks * -(-plan.groups // part)
+    products = x.new_empty((channels, splits, length, pixels), dtype=torch.float32)
+    out = x.new_empty((channels, 1, size, size), dtype=torch.float32)
+    with on(x.device):
+        depthwise_weight_grad_kernel[(channels * slices * splits,)](
+            x, grad, products, *plan.maps(x), *plan.sizes(), splits, part, **constants
+        )  # fmt: skip
+        depthwise_diagonal_kernel[(channels * size,)](
+            products, out, size, dilation, plan.window[0], plan.before[0], plan.reach, splits, *plan.columns(width),
+            NP=pixels, HS=plan.tile[0], BN=plan.tile[1], BK=power_of_two(size), BW=min(16, plan.tile[1]),
+        )  # fmt: skip
+    return out
+
+
+@_weight_grad.register_fake
+def _(grad, x, size, dilation):
+    return x.new_empty((x.shape[1], 1, size, size), dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, dilation, flip = inputs
+    ctx.save_for_backward(x, weight, bias)
+    ctx.dilation, ctx.flip = dilation, flip
+
+
+def _backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    x, weight, bias = ctx.saved_tensors
+    dilation, needed = ctx.dilation, ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The gradients are to be differentiated again (create_graph=True): those of the definition can be.
+        inputs = (x, weight, bias)
+        out = depthwise_conv2d_reference(x, weight.flip(2, 3) if ctx.flip else weight, bias, dilation)
+        wanted = [t for t, need in zip(inputs, needed) if need]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+        return (*(next(found) if need else None for need in needed), None, None)
+    dx = dweight = dbias = None
+    if needed[0]:
+        dx = torch.ops.mmoverlock.depthwise_conv2d(grad.contiguous(), weight, None, dilation, not ctx.flip)
+    if needed[1]:
+        dweight = torch.ops.mmoverlock.depthwise_conv2d_weight_grad(grad, x, weight.shape[-1], dilation)
+        dweight = (dweight.flip(2, 3) if ctx.flip else dweight).to(weight.dtype)
+    if needed[2]:
+        dbias = grad.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
+    return dx, dweight, dbias, None, None
+
+
+_conv.register_autograd(_backward, setup_context=_save)

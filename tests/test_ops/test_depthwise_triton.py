@@ -1,0 +1,75 @@
+"""When the depthwise convolution in Triton is chosen, how it cuts maps, and its kernels interpreted on the CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from common import OnGpu, run_interpreted
+
+from mmoverlock.ops import BackendError, available_backends, depthwise_conv2d, triton_common
+from mmoverlock.ops.depthwise import triton as fused
+
+KERNEL_TESTS = Path(__file__).with_name('test_depthwise_triton_kernels.py')
+
+
+@pytest.mark.skipif(not triton_common.INSTALLED, reason='needs Triton')
+def test_kernels_interpreted():
+    run_interpreted(KERNEL_TESTS)
+
+
+@pytest.mark.parametrize(
+    'x, weight, dilation, capability, reason',
+    [
+        (OnGpu(1, 2, 9, 9, dtype=torch.float64), OnGpu(2, 1, 5, 5), 1, (9, 0), 'x is float64'),
+        (OnGpu(1, 2, 9, 9), OnGpu(2, 1, 5, 5, dtype=torch.float64), 1, (9, 0), 'weight is float64'),
+        (OnGpu(1, 2, 0, 9), OnGpu(2, 1, 5, 5), 1, (9, 0), 'empty'),
+        (OnGpu(1, 2, 9, 9), OnGpu(2, 1, 5, 5), 1, (7, 5), 'Ampere'),
+        (OnGpu(1, 2, 9, 9), OnGpu(2, 1, 17, 17), 7, (9, 0), 'spans 113 pixels'),
+        (OnGpu(1, 2, 9, 9), OnGpu(2, 1, 17, 17, dtype=torch.float32), 1, (8, 0), None),
+        (OnGpu(1, 2, 9, 9, dtype=torch.bfloat16), OnGpu(2, 1, 97, 97), 1, (9, 0), None),
+    ],
+)
+def test_refusals_say_why(monkeypatch, x, weight, dilation, capability, reason):
+    monkeypatch.setattr(triton_common, 'INSTALLED', True)
+    monkeypatch.setattr(triton_common, 'capability', lambda index: capability)
+    found = fused.refuse(x, weight, None, dilation)
+    assert (found is None) if reason is None else (reason in found), found
+
+
+def test_refused_on_the_cpu_and_without_triton(monkeypatch):
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)
+    args = torch.zeros(1, 2, 5, 5), torch.zeros(2, 1, 3, 3)
+    with pytest.raises(BackendError, match='needs CUDA tensors'):
+        depthwise_conv2d(*args, backend='triton')
+    monkeypatch.setattr(triton_common, 'INSTALLED', False)
+    with pytest.raises(BackendError, match='not installed'):
+        depthwise_conv2d(*args, backend='triton')
+
+
+def test_order_of_preference():
+    assert available_backends('depthwise_conv2d') == ('triton', 'reference', 'implicit_gemm')
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
+@pytest.mark.parametrize('size, dilation', [(1, 1), (5, 1), (17, 1), (19, 1), (3, 7), (9, 2), (97, 1)])
+@pytest.mark.parametrize('width', [1, 7, 14, 28, 33, 56, 64, 65, 320])
+@pytest.mark.parametrize('batch, height', [(1, 1), (2, 14), (128, 14), (2, 200)])
+def test_plan_covers_the_map(dtype, size, dilation, width, batch, height):
+    x = torch.empty(batch, 3, height, width, dtype=dtype, device='meta')
+    plan = fused._Plan.of(x, size, dilation, 64, 128)
+    (down, across), (rows, columns), (up, left) = plan.tile, plan.window, plan.before
+    reach = dilation * (size // 2)
+    assert plan.across * across >= width and plan.strips * down >= height
+    assert plan.groups * plan.together >= plan.strips and plan.lanes == batch * plan.across * plan.together
+    # What the kernel reaches is in the window, or beyond the map.
+    assert (left >= reach and columns >= left + across + reach) or (left == 0 and across == columns >= width)
+    assert (up >= size // 2 and rows >= up + down + size // 2) or (up == 0 and rows == -(-height // dilation) <= down)
+    assert columns <= fused._MAX_COLUMNS
+    # Every vector begins at a multiple of its length.
+    vector, row = plan.vectors
+    assert height * width % vector == 0 and width % row == 0 and left % row == 0
+    if plan.flat:
+        assert dilation == 1 and up * width % vector == 0
+        assert plan.strips == 1 or down * width % vector == 0
+    else:
+        assert vector == row

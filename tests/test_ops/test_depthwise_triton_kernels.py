@@ -1,0 +1,194 @@
+"""The depthwise convolution in Triton against its definition: on a GPU, or interpreted on the CPU."""
+
+import os
+
+import pytest
+import torch
+
+from mmoverlock.ops import depthwise_conv2d
+from mmoverlock.ops.depthwise import triton as fused
+
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
+DEVICE = 'cuda' if CUDA and not INTERPRETED else 'cpu'
+pytestmark = pytest.mark.skipif(not (CUDA or INTERPRETED), reason='needs a GPU or TRITON_INTERPRET=1')
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+if INTERPRETED:
+    # Triton 3.6 turns a loop's bound, an array of one element, into an int in a way that NumPy 2.4 refuses.
+    from triton.runtime import interpreter
+
+    def patch_tensor(tensor, scope, original=interpreter._patch_lang_tensor):
+        original(tensor, scope)
+        scope.set_attr(tensor, '__index__', lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
+def arguments(shape, size, dtype=torch.float32, parameters=torch.float32):
+    generator = torch.Generator().manual_seed(size)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    x, weight, bias = draw(*shape), draw(shape[1], 1, size, size), draw(shape[1])
+    tensors = [x.to(DEVICE, dtype), weight.to(DEVICE, parameters), bias.to(DEVICE, parameters)]
+    return [t.requires_grad_() for t in tensors]
+
+
+def fast(*args):
+    return depthwise_conv2d(*args, backend='triton')
+
+
+def errors(args, dilation, function=fast):
+    """Relative errors, against float64, of the output and of the gradients; nothing may be left unwritten."""
+    x, weight, bias = (None if a is None else a.detach() for a in args)
+    exact = [None if a is None else a.to(x.dtype).double().requires_grad_() for a in (x, weight, bias)]
+    expected = depthwise_conv2d(*exact, dilation, backend='reference')
+    wanted = [a for a in exact if a is not None]
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    gradients = torch.autograd.grad(expected, wanted, cotangent.double())
+    torch.use_deterministic_algorithms(True, warn_only=True)  # poisons what is not written with NaN
+    try:
+        out = function(*args, dilation)
+        found = torch.autograd.grad(out, [a for a in args if a is not None], cotangent)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert out.dtype == x.dtype and out.is_contiguous()
+    pairs = zip((out, *found), (expected, *gradients))
+    return [((a.double() - b).norm() / (b.norm() + 1e-30)).item() for a, b in pairs]
+
+
+@pytest.mark.parametrize(
+    'shape, size, dilation',
+    [
+        ((2, 2, 9, 14), 5, 1),  # narrow: the window is as wide as the map
+        ((2, 1, 14, 14), 13, 1),  # strips of narrow tiles, wider loads by a row more above
+        ((1, 2, 10, 28), 15, 1),
+        ((1, 2, 7, 7), 7, 1),  # one tile
+        ((2, 1, 19, 72), 17, 1),  # tiles beside each other
+        ((1, 1, 10, 67), 19, 1),  # odd columns
+        ((1, 1, 1, 1), 3, 7),
+        ((1, 2, 3, 2), 17, 1),  # a map smaller than the kernel
+        ((3, 1, 5, 1), 3, 1),
+        ((1, 1, 1, 70), 9, 1),
+        ((1, 1, 16, 66), 9, 2),
+        ((2, 1, 15, 72), 3, 7),
+        ((1, 1, 6, 9), 3, 5),
+        ((70, 1, 5, 6), 5, 1),  # a group of one strip
+        ((33, 1, 6, 72), 3, 2),
+        ((1, 2, 5, 5), 1, 1),
+    ],
+)
+def test_equals_the_definition(shape, size, dilation):
+    found = errors(arguments(shape, size), dilation)
+    assert max(found) < TOLERANCE[torch.float32], found
+
+
+# Triton's interpreter cannot multiply bfloat16.
+@pytest.mark.parametrize('dtype', [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('mixed', [False, True])
+@pytest.mark.parametrize('shape, size, dilation', [((2, 2, 7, 40), 9, 2), ((1, 1, 14, 14), 13, 1)])
+def test_half_precision(dtype, mixed, shape, size, dilation):
+    args = arguments(shape, size, dtype, torch.float32 if mixed else dtype)
+    found = errors(args, dilation)
+    assert max(found) < TOLERANCE[dtype], found
+    if mixed:
+        assert max(found[2:]) < 1e-5, found  # sums in float32
+
+
+def test_without_bias():
+    x, weight, _ = arguments((1, 2, 5, 12), 5)
+    assert max(errors((x, weight, None), 1)) < 1e-5
+
+
+def test_other_memory():
+    x, weight, bias = arguments((2, 3, 6, 10), 5)
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert max(errors((last, weight, bias), 1)) < 1e-5
+    part = torch.randn(2, 5, 8, 24, device=DEVICE)[:, 1:4, 1:7, 3:13].requires_grad_()
+    turned = weight.detach().transpose(2, 3).requires_grad_()
+    assert max(errors((part, turned, bias), 1)) < 1e-5
+    shifted = torch.randn(1 + 2 * 3 * 6 * 16, device=DEVICE)[1:].view(2, 3, 6, 16).requires_grad_()
+    assert max(errors((shifted, weight, bias), 1)) < 1e-5
+
+
+def test_only_what_is_needed():
+    x, weight, bias = arguments((1, 2, 5, 5), 3)
+    weight.requires_grad_(False)
+    x.requires_grad_(False)
+    fast(x, weight, bias, 1).sum().backward()
+    assert x.grad is None and weight.grad is None
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 25))
+
+
+def test_autocast():
+    x, weight, bias = arguments((1, 2, 5, 12), 5)
+    with torch.autocast(DEVICE, torch.float16):
+        out = fast(x, weight, bias, 1)
+        expected = depthwise_conv2d(x, weight, bias, 1, backend='reference')
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+    found = torch.autograd.grad(out.float().square().sum(), (x, weight, bias))
+    assert all(g.dtype == torch.float32 for g in found)
+
+
+def test_second_derivative():
+    args = arguments((1, 1, 3, 4), 3)
+    results = []
+    for backend in ('triton', 'reference'):
+        first = torch.autograd.grad(depthwise_conv2d(*args, 2, backend=backend).square().sum(), args, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), args))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_registered_as_torch_asks():
+    x, weight, bias = arguments((1, 2, 4, 6), 3)
+    checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
+    torch.library.opcheck(fused._conv, (x, weight, bias, 1, False), test_utils=checks)
+    torch.library.opcheck(fused._conv, (x, weight, None, 2, True), test_utils=checks)
+    torch.library.opcheck(fused._weight_grad, (x.detach(), x.detach(), 3, 1), test_utils=checks)
+
+
+def test_turned_kernel():
+    """The operator with ``flip`` on, which is the input gradient, has gradients of its own."""
+    x, weight, bias = arguments((1, 2, 4, 6), 3)
+
+    def turned(x, weight, bias, dilation):
+        return torch.ops.mmoverlock.depthwise_conv2d(x, weight.flip(2, 3), bias, dilation, True)
+
+    assert max(errors((x, weight, bias), 1, turned)) < 1e-5
+
+
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_traced(dynamic):
+    """One graph, forward and backward; the kernels run eagerly, so that no compiler is needed."""
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend='aot_eager', dynamic=dynamic)
+    for width in (12, 14):
+        assert max(errors(arguments((1, 2, 5, width), 3), 2, compiled)) < 1e-5
+
+
+def test_traced_under_autocast():
+    torch._dynamo.reset()
+    x, weight, bias = arguments((1, 2, 5, 12), 5)
+    compiled = torch.compile(fast, fullgraph=True, backend='aot_eager')
+    with torch.autocast(DEVICE, torch.float16):
+        out, expected = compiled(x, weight, bias, 1), fast(x, weight, bias, 1)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    out.float().sum().backward()
+    assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
+def test_cuda_graph():
+    x, weight, bias = (a.detach() for a in arguments((2, 4, 14, 14), 13, torch.float16))
+    fast(x, weight, bias, 1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fast(x, weight, bias, 1)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(out, fast(x, weight, bias, 1), rtol=0, atol=0)
