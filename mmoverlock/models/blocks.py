@@ -21,6 +21,7 @@ from .layers import (
     SELayer,
     fold_following_bn,
     fold_preceding_bn,
+    resize,
 )
 
 #: Context cells along each side of the map that the keys are pooled to.
@@ -116,7 +117,7 @@ class ContMixer(nn.Module):
         if min(height, width) >= size:
             return x
         target = (size, int(size / height * width)) if height < width else (int(size / width * height), size)
-        return F.interpolate(x, size=target, mode='bilinear', align_corners=False)
+        return resize(x, target)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Mixes ``value``.

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoints import adapt_head_state_dict
+from ..ops.autocast import no_autocast
 from ..registry import MODELS
 from .blocks import init_weights, switch_to_deploy
-from .layers import ConvNorm
+from .layers import ConvNorm, spatial_mean
 
 try:
     from mmpretrain.models.heads import ClsHead
@@ -79,15 +80,19 @@ class OverLoCKClsHead(ClsHead):
 
     def pre_logits(self, feats: Tuple[Tensor, Tensor]) -> Tensor:
         """Pooled features of the main head, (B, hidden_channels)."""
-        return F.silu(self.proj(feats[1])).mean((2, 3))
+        return spatial_mean(F.silu(self.proj(feats[1])), self.fc.weight.dtype).flatten(1)
 
     def forward(self, feats: Tuple[Tensor, Tensor]) -> Tensor:
         """Logits of the main head, (B, num_classes), from ``(overview, focus)``."""
-        return self.fc(self.pre_logits(feats)[:, :, None, None]).flatten(1)
+        pooled = self.pre_logits(feats)[:, :, None, None]
+        with no_autocast(pooled.device.type):  # logits of half precision are coarse, and cost nothing in float32
+            return self.fc(pooled).flatten(1)
 
     def aux_forward(self, feats: Tuple[Tensor, Tensor]) -> Tensor:
         """Logits of the auxiliary head, (B, num_classes), from ``(overview, focus)``."""
-        return self.aux_fc(self.aux_bn(feats[0]).mean((2, 3), keepdim=True)).flatten(1)
+        pooled = spatial_mean(self.aux_bn(feats[0]), self.aux_fc.weight.dtype)
+        with no_autocast(pooled.device.type):
+            return self.aux_fc(pooled).flatten(1)
 
     def loss(self, feats: Tuple[Tensor, Tensor], data_samples: List, **kwargs) -> dict:
         """Losses of both heads.

@@ -1,6 +1,6 @@
 """Small layers that the blocks are made of."""
 
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import depthwise_conv2d
+from ..ops.autocast import no_autocast
 
 # Parallel branches (kernel size, dilation) of the re-parameterised large kernel, per size.
 # Source: UniRepLKNet, https://arxiv.org/abs/2311.15599
@@ -23,6 +24,72 @@ BRANCHES = {
 }
 
 
+class _Affine(torch.autograd.Function):
+    """``x * weight + bias`` in half precision, with the gradients of weight and bias summed in float32.
+
+    Autograd multiplies ``grad * x`` and keeps its sum over the map in half precision: under a loss scale that overflows
+    long before the result, in float32, would.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        return _affine(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        grad_x = grad * weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = _sum_to(grad.to(torch.float32) * x, weight.shape).to(weight.dtype)
+        if ctx.bias is not None and ctx.needs_input_grad[2]:
+            grad_bias = _sum_to(grad, ctx.bias[0]).to(ctx.bias[1])
+        return grad_x, grad_weight, grad_bias
+
+
+def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
+    """Sum in float32 over the dimensions that ``shape`` has in size 1."""
+    return x.sum([i for i, size in enumerate(shape) if size == 1], keepdim=True, dtype=torch.float32)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
+    """``x * weight + bias`` for every channel, in the type of ``x``; nothing overflows that does not have to.
+
+    Args:
+        x (Tensor): (B, C, H, W).
+        weight (Tensor): (1 or B, C, 1, 1). Float32 beside an ``x`` of half precision gets a gradient of float32.
+        bias (Tensor, optional): As ``weight``. Defaults to None.
+
+    Returns:
+        Tensor: (B, C, H, W).
+    """
+    if x.dtype in (torch.float16, torch.bfloat16) and torch.is_grad_enabled():
+        return _Affine.apply(x, weight, bias)
+    return _affine(x, weight, bias)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    weight = weight.to(x.dtype)
+    return x * weight if bias is None else torch.addcmul(bias.to(x.dtype), x, weight)
+
+
+def spatial_mean(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean of every channel over the map, (B, C, H, W) to (B, C, 1, 1), in ``dtype``; summed in float32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.sum((2, 3), keepdim=True, dtype=wide) / (x.shape[2] * x.shape[3])).to(dtype)
+
+
+def resize(x: Tensor, size: Tuple[int, int]) -> Tensor:
+    """Bilinear resizing (``align_corners=False``) of a (B, C, H, W) map, in the type of ``x``.
+
+    In float32 at least: its gradient adds up many small shares, which half precision loses.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.interpolate(wide, size=size, mode='bilinear', align_corners=False).to(x.dtype)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drops the residual branch of whole samples while training.
 
@@ -33,12 +100,15 @@ class DropPath(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        self.active = rate > 0
+        # A tensor, as torch.compile would compile blocks that differ in a number one by one.
+        self.register_buffer('keep', torch.tensor(1.0 - rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
+        if not (self.active and self.training):
             return x
-        keep = 1.0 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+        kept = self.keep.to(x.dtype)
+        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(self.keep).div_(kept)
 
     def extra_repr(self) -> str:
         return f'rate={self.rate:.3f}'
@@ -88,7 +158,7 @@ class GRN(nn.Module):
         else:
             response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=dtype)
         response = response / (response.mean(dim=1, keepdim=True) + self.eps)
-        return x * (self.gamma * response + 1).to(x.dtype) + self.beta.to(x.dtype)
+        return affine(x, self.gamma * response + 1, self.beta)
 
 
 class LayerScale(nn.Module):
@@ -106,11 +176,13 @@ class LayerScale(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight.to(x.dtype).view(-1, 1, 1) + self.bias.to(x.dtype).view(-1, 1, 1)
+        return affine(x, self.weight.view(1, -1, 1, 1), self.bias.view(1, -1, 1, 1))
 
 
 class SELayer(nn.Module):
     """Squeeze-and-excitation with a GELU and an inner width of max(16, C // 8).
+
+    What happens to the pooled values costs nothing in float32, and in half precision loses small ones.
 
     Args:
         channels (int): C.
@@ -124,8 +196,9 @@ class SELayer(nn.Module):
         self.expand = nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.act(self.reduce(x.mean((2, 3), keepdim=True)))
-        return x * self.expand(scale).sigmoid()
+        with no_autocast(x.device.type):
+            scale = self.expand(self.act(self.reduce(spatial_mean(x, self.reduce.weight.dtype)))).sigmoid()
+        return affine(x, scale)
 
 
 class ResDWConv(nn.Conv2d):

@@ -11,20 +11,22 @@ Figure 3 of the paper, top to bottom::
 """
 
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import FunctionType
 from typing import Dict, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints import adapt_backbone_state_dict, load_pretrained
+from ..ops.autocast import no_autocast
 from ..registry import MODELS
 from .blocks import BaseBlock, FocusBlock, init_weights, merge_large_kernels, switch_to_deploy
-from .layers import BRANCHES, ConvNorm, LayerNorm2d, LayerScale
+from .layers import BRANCHES, ConvNorm, LayerNorm2d, LayerScale, resize
 
 #: The variants of the paper. ``depths`` and ``widths`` are of stages 1-3 (Base-Net) and 4 (Overview-Net).
 ARCHS: Dict[str, dict] = {
@@ -126,11 +128,14 @@ class OverLoCK(BaseModule):
             the segmentation form. Defaults to False.
         drop_path_rate (float): Stochastic depth of the last block; it grows linearly from 0. Defaults to 0.
         deploy (bool): Build the large kernels merged, as the official "reparam" files have them. Defaults to False.
-        with_cp (bool | Sequence[int]): Recompute blocks in the backward pass to save memory: all, or those of the
-            stages named (1-4 as in the figure, 5 and 6 for focus3 and focus4). Defaults to False.
+        with_cp (bool | Sequence[int] | dict): Recompute blocks in the backward pass to save memory: all, those of the
+            stages named (1-4 as in the figure, 5 and 6 for focus3 and focus4), or the first so many of each stage,
+            ``{stage: blocks}``; ``{1: a, 2: b, 3: c, 4: d, 5: c, 6: d}`` is the official ``--ckpt-stg a b c d``.
+            Defaults to False.
         frozen_stages (int): Freeze everything up to this stage: 0 the stem, 1-3 Base-Net, 4 Overview-Net, 5 and 6
             Focus-Net; -1 nothing. Defaults to -1.
         norm_eval (bool): Keep batch norms in evaluation mode while training. Defaults to False.
+        compile (bool | dict): Call :meth:`compile_blocks`, with these options if it is a dict. Defaults to False.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=FILE_OR_URL)`` loads any official file and any
             checkpoint of ours. Defaults to None: the initialisation of the official code.
 
@@ -156,9 +161,10 @@ class OverLoCK(BaseModule):
         fuse_overview: bool = False,
         drop_path_rate: float = 0.0,
         deploy: bool = False,
-        with_cp: Union[bool, Sequence[int]] = False,
+        with_cp: Union[bool, Sequence[int], Dict[int, int]] = False,
         frozen_stages: int = -1,
         norm_eval: bool = False,
+        compile: Union[bool, dict] = False,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -183,7 +189,10 @@ class OverLoCK(BaseModule):
         self.out_type = out_type
         self.out_indices = out_indices
         self.fuse_overview = fuse_overview
-        self.with_cp = tuple(range(1, 7)) if with_cp is True else tuple(with_cp or ())
+        stages = tuple(range(1, 7)) if with_cp is True else tuple(with_cp or ())
+        if any(stage not in range(1, 7) for stage in stages):
+            raise ValueError(f'with_cp names stages 1 to 6, got {stages}')
+        self.with_cp = dict(with_cp) if isinstance(with_cp, dict) else dict.fromkeys(stages, float('inf'))
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
 
@@ -269,6 +278,8 @@ class OverLoCK(BaseModule):
             self.overview_scale = LayerScale(c3 + context, 1e-5)
         init_weights(self)
         self._freeze()
+        if compile:
+            self.compile_blocks(**(compile if isinstance(compile, dict) else {}))
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Extracts features.
@@ -297,7 +308,7 @@ class OverLoCK(BaseModule):
         overview = self._run(4, self.stage4, self.down4(x3))
         prior = self.context_proj(overview)
         # Focus-Net
-        prior_up = F.interpolate(prior, size=x3.shape[2:], mode='bilinear', align_corners=False)
+        prior_up = resize(prior, x3.shape[2:])
         x, h = self._focus(5, self.focus3, x3, prior_up, prior_up)
         focus3 = (x, h)
         x, h = self._focus(6, self.focus4, self.focus_down['x'](x), self.focus_down['h'](h), prior)
@@ -312,22 +323,27 @@ class OverLoCK(BaseModule):
                 feature = torch.cat(feature, dim=1)
             maps.append(feature if i == 1 else getattr(self, f'norm{i}')(feature))
         if self.fuse_overview:
-            maps[-1] = maps[-1] + self.overview_scale(self.overview_proj(self.overview_norm(overview)))
+            # In the weights' own precision, also under autocast: times 1e-5, half precision would round the gradient of
+            # the branch, and at first the branch itself, to nothing.
+            with no_autocast(overview.device.type):
+                overview = self.overview_norm(overview.to(self.overview_proj.weight.dtype))
+                branch = self.overview_scale(self.overview_proj(overview))
+            maps[-1] = maps[-1] + branch.to(maps[-1].dtype)
         # mmcv's RoIAlign and its kind read a map as NCHW without asking.
         return tuple(m.contiguous() for m in maps)
 
     def _run(self, stage: int, blocks: nn.Sequential, x: Tensor) -> Tensor:
-        for block in blocks:
-            x = self._call(stage, block, x)
+        for i, block in enumerate(blocks):
+            x = self._call(stage, i, block, x)
         return x
 
     def _focus(self, stage: int, blocks: nn.ModuleList, x: Tensor, h: Tensor, prior: Tensor) -> Tuple[Tensor, Tensor]:
-        for block in blocks:
-            x, h = self._call(stage, block, x, h, prior)
+        for i, block in enumerate(blocks):
+            x, h = self._call(stage, i, block, x, h, prior)
         return x, h
 
-    def _call(self, stage: int, block: nn.Module, *args):
-        if stage in self.with_cp and torch.is_grad_enabled():
+    def _call(self, stage: int, index: int, block: nn.Module, *args):
+        if index < self.with_cp.get(stage, 0) and torch.is_grad_enabled():
             return checkpoint(
                 block,
                 *args,
@@ -396,6 +412,26 @@ class OverLoCK(BaseModule):
     def switch_to_deploy(self) -> None:
         """Merges everything that merges, in place: large kernels, batch norms, residual 3x3 kernels. Inference only."""
         switch_to_deploy(self)
+
+    def compile_blocks(self, **options) -> None:
+        """Compiles the blocks, in place; they are translated as they are first called.
+
+        The blocks of a stage are alike: one is translated and the others share its code. That takes a fraction of the
+        time that ``torch.compile`` takes for the whole network and gives nearly all of its speed.
+
+        Args:
+            **options: For ``torch.compile``, such as ``mode='max-autotune-no-cudagraphs'`` or ``dynamic=True`` for
+                training on maps of many sizes.
+        """
+        for name in ('stage1', 'stage2', 'stage3', 'stage4', 'focus3', 'focus4'):
+            blocks = getattr(self, name)
+            # A function of its own for every stage: what torch.compile translates anew is limited to eight times a
+            # function, and six stages share two.
+            kind = type(blocks[0])
+            code = kind.forward.__code__.replace(co_name=f'{kind.__name__}_{name}')
+            forward = torch.compile(FunctionType(code, kind.forward.__globals__), fullgraph=True, **options)
+            for block in blocks:
+                block.forward = partial(forward, block)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
         """Depth of a parameter's layer, for layer-wise learning rate decay.
