@@ -6,13 +6,17 @@ mmengine read the official files, so that one can be named wherever a checkpoint
 """
 
 import argparse
+import contextlib
+import hashlib
 import importlib
 import os
 import pickle
 import re
+import tempfile
 import urllib.error
+import urllib.request
 import zipfile
-from typing import Dict, Iterable, List, Optional, Tuple
+from typing import Dict, Iterable, Iterator, List, Optional, Tuple
 from urllib.parse import urlparse
 
 import torch
@@ -22,6 +26,12 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 
 OFFICIAL_RELEASE = 'https://github.com/LMMMEng/OverLoCK/releases/download/'
+
+#: SHA-256 of the official files, by name. The release publishes none, so there is nothing to compare with yet: what a
+#: download has is logged instead. A file that stands here with another sum is refused.
+OFFICIAL_SHA256: Dict[str, str] = {}
+
+SAFETENSORS = '.safetensors'
 
 
 class CheckpointError(RuntimeError):
@@ -478,7 +488,8 @@ def read_checkpoint(path: str, map_location='cpu') -> dict:
     """Reads a checkpoint file without executing what is in it.
 
     ``torch.load(weights_only=True)`` with a short list of harmless classes allowed on top: option namespaces, logs of
-    mmengine, numpy numbers.
+    mmengine, numpy numbers. Before that, the checksums that ``torch.save`` writes are compared, which ``torch.load``
+    does not do: a flipped bit would be a wrong weight. A ``.safetensors`` file gives its bare state dict.
 
     Args:
         path (str): The file.
@@ -488,14 +499,21 @@ def read_checkpoint(path: str, map_location='cpu') -> dict:
         dict: What the file holds.
 
     Raises:
-        CheckpointError: There is no such file, it is damaged, or it holds objects that could run code.
+        UnsafeCheckpointError: It holds objects that could run code, is compressed (``torch.save`` never does that; what
+            unpacks to more than memory holds is), or claims a tensor larger than itself.
+        CheckpointError: There is no such file, or it is damaged.
     """
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         raise CheckpointError(f'{path}: there is no such checkpoint file')
     try:
+        if path.endswith(SAFETENSORS):
+            return _read_safetensors(path, map_location)
+        _check_archive(path)
         with torch.serialization.safe_globals(_allowed_globals()):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            content = torch.load(path, map_location=map_location, weights_only=True)
+        _check_sizes(path, content)
+        return content
     except pickle.UnpicklingError as error:
         refused = re.search(r'GLOBAL (\S+)', str(error))
         if refused:
@@ -504,6 +522,8 @@ def read_checkpoint(path: str, map_location='cpu') -> dict:
                 'file, load it with torch yourself and save its state dict alone'
             ) from None
         raise CheckpointError(f'{path}: is not a checkpoint, or damaged ({_first_line(error)})') from None
+    except CheckpointError:
+        raise
     except (
         RuntimeError,
         EOFError,
@@ -512,8 +532,144 @@ def read_checkpoint(path: str, map_location='cpu') -> dict:
         KeyError,
         OSError,
         IndexError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        NotImplementedError,
+        MemoryError,
     ) as error:
         raise CheckpointError(f'{path}: is not a checkpoint, or damaged ({_first_line(error)})') from None
+
+
+def _check_archive(path: str) -> None:
+    """Refuses a zip file that is damaged, or that would unpack to more than its own size."""
+    with open(path, 'rb') as file:
+        if file.read(4) != b'PK\x03\x04':
+            return  # the format before torch 1.6, or no checkpoint at all: torch.load will say
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > os.path.getsize(path):
+            raise UnsafeCheckpointError(
+                f'{path}: is compressed, which no checkpoint is, and could unpack to any size; not opened'
+            )
+        damaged = archive.testzip()
+    if damaged:
+        raise CheckpointError(f'{path}: is damaged (the checksum of {damaged} does not match its content)')
+
+
+def _check_sizes(path: str, content) -> None:
+    """Refuses tensors that claim more elements than a file of that size can hold (a view with strides of 0)."""
+    limit = os.path.getsize(path)
+    for tensor in _tensors(content):
+        size = tensor.numel() * tensor.element_size()
+        if size > limit:
+            raise UnsafeCheckpointError(
+                f'{path}: claims a tensor of shape {tuple(tensor.shape)}, {size / 2**30:.1f} GiB, and has '
+                f'{limit / 2**20:.1f} MiB itself; not used'
+            )
+
+
+def _tensors(content) -> Iterator[torch.Tensor]:
+    """Every tensor in a checkpoint, however deep. No recursion: a file may be deeper than Python's stack."""
+    waiting, seen = [content], set()
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:  # a file may hold a loop
+            seen.add(id(item))
+            waiting.extend(item.values() if isinstance(item, dict) else item)
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise CheckpointError('a .safetensors file needs the package safetensors: pip install safetensors') from None
+    return safetensors
+
+
+def _read_safetensors(path: str, map_location) -> dict:
+    package = _safetensors()
+    device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
+    try:
+        return package.torch.load_file(path, device=str(device))
+    except package.SafetensorError as error:
+        raise CheckpointError(f'{path}: is not a safetensors file, or damaged ({_first_line(error)})') from None
+
+
+def write_checkpoint(content: dict, path: str) -> None:
+    """Writes a checkpoint: a ``.safetensors`` file if the path ends so, otherwise by ``torch.save``.
+
+    Args:
+        content (dict): A bare state dict, or one under ``state_dict`` (with ``meta``, as mmengine has it). A
+            safetensors file takes the tensors, and of ``meta`` the entries that are text.
+        path (str): Where to; written in place, so give a temporary name and rename, as ``cli.replacing`` does.
+
+    Raises:
+        CheckpointError: safetensors is asked for and not installed, or there are no tensors.
+    """
+    if not path.endswith(SAFETENSORS):
+        torch.save(content, path)
+        return
+    package = _safetensors()
+    # Clones: the format takes no two names for one memory.
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in unwrap(content).items()}
+    meta = content.get('meta') if 'state_dict' in content else None
+    package.torch.save_file(tensors, path, {k: v for k, v in (meta or {}).items() if isinstance(v, str)} or None)
+
+
+def latest_checkpoint(work_dir: str) -> Optional[str]:
+    """The checkpoint to resume a run from: the one that ``last_checkpoint`` names, if it is whole.
+
+    If it is damaged or gone, the newest whole one of its folder takes its place; a warning says which was left out and
+    why.
+
+    Args:
+        work_dir (str): Work directory of the run. It may have been moved since.
+
+    Returns:
+        str | None: A file that :func:`read_checkpoint` can read; None if the run left none.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none of them can be read.
+    """
+    named, pointer = None, os.path.join(work_dir, 'last_checkpoint')
+    with contextlib.suppress(OSError), open(pointer, encoding='utf-8', errors='replace') as file:
+        named = file.read().strip() or None
+    folders = [work_dir]
+    if named is not None:
+        if os.path.exists(named):
+            folders.append(os.path.dirname(named))
+        else:
+            named = os.path.join(work_dir, os.path.basename(named))
+    if named is not None and os.path.isdir(named):
+        return named  # sharded: mmengine reads it
+    others = {os.path.join(f, n) for f in folders if os.path.isdir(f) for n in os.listdir(f) if n.endswith('.pth')}
+    # best_* and published files hold no optimizer: they are dropped below, where they are read.
+    others = sorted((o for o in others if os.path.realpath(o) != os.path.realpath(named or '')), key=_age)
+    problems = []
+    for path in ([named] if named is not None else []) + others:
+        try:
+            content = read_checkpoint(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if path != named and not (isinstance(content, dict) and 'optimizer' in content):
+            continue
+        if problems:
+            print_log(f'{"; ".join(problems)}. Resuming from {path} instead', logger='current', level=30)
+        return path
+    if problems:
+        raise CheckpointError(f'no checkpoint to resume from: {"; ".join(problems)}')
+    return None
+
+
+def _age(path: str) -> Tuple[float, int]:
+    """Sorts the newest first; of one moment (copied files) the one with the highest number."""
+    numbers = re.findall(r'\d+', os.path.basename(path))
+    return -os.path.getmtime(path), -int(numbers[-1]) if numbers else 0
 
 
 class UnsafeCheckpointError(CheckpointError):
@@ -546,7 +702,7 @@ def load_state_dict_file(checkpoint: str) -> Dict[str, torch.Tensor]:
     """The state dict of a checkpoint file, names unchanged, on the CPU.
 
     Args:
-        checkpoint (str): A path or an http(s) URL; a download is kept in torch's hub cache.
+        checkpoint (str): A path or an https URL; a download is kept in torch's hub cache.
 
     Returns:
         dict: Name to tensor, without wrapping and without DistributedDataParallel's ``module.``.
@@ -567,30 +723,91 @@ def load_state_dict_file(checkpoint: str) -> Dict[str, torch.Tensor]:
         raise type(error)(message if message.startswith(os.path.expanduser(path)) else f'{path}: {message}') from None
 
 
+class _OnlyHttps(urllib.request.HTTPRedirectHandler):
+    """Follows a redirection to https, and to nothing else."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if not newurl.startswith('https://'):
+            raise urllib.error.URLError(f'redirected to {newurl}, which is not https')
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _fetch(url: str, path: str) -> str:
+    """Downloads to a file that appears whole or not at all; gives the SHA-256."""
+    digest = hashlib.sha256()
+    partial = tempfile.NamedTemporaryFile(dir=os.path.dirname(path), suffix='.partial', delete=False)
+    try:
+        with partial, urllib.request.build_opener(_OnlyHttps).open(url, timeout=60) as answer:
+            expected = answer.headers.get('Content-Length')
+            print_log(f'downloading {url} ({int(expected or 0) / 2**20:.0f} MiB)', logger='current')
+            while block := answer.read(1 << 20):
+                digest.update(block)
+                partial.write(block)
+            if expected is not None and partial.tell() != int(expected):
+                raise OSError(f'it broke off after {partial.tell()} of {expected} bytes')
+        os.replace(partial.name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial.name)
+        raise
+    return digest.hexdigest()
+
+
+def _sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _download(url: str) -> str:
+    """The file of a URL in torch's hub cache, fetched if it is not there yet, by the first process.
+
+    Raises:
+        CheckpointError: The URL is not https, the file cannot be fetched, or it is an official one with another SHA-256
+            than the recorded one.
+    """
+    name = os.path.basename(urlparse(url).path)
+    if not url.startswith('https://'):
+        raise CheckpointError(
+            f'{url}: only https is downloaded from, as anyone on the way could change the file. Download it yourself '
+            'and name the file'
+        )
+    if name in ('', '.', '..'):
+        raise CheckpointError(f'{url}: names no file')
     folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
-    path = os.path.join(folder, os.path.basename(urlparse(url).path))
-    if not os.path.isfile(path):
-        if is_main_process():
+    path = os.path.join(folder, name)
+    expected = OFFICIAL_SHA256.get(name) if url.startswith(OFFICIAL_RELEASE) else None
+    if is_main_process():
+        found = None
+        if not os.path.isfile(path):
             os.makedirs(folder, exist_ok=True)
             try:
-                torch.hub.download_url_to_file(url, path)  # through a temporary file: never half-written
+                found = _fetch(url, path)
             except (urllib.error.URLError, OSError) as error:
                 raise CheckpointError(
                     f'{url}: cannot be downloaded ({_first_line(error)}). Download it elsewhere and put it at {path}'
                 ) from None
-        barrier()
+            note = '' if expected else '; none is on record to compare with'
+            print_log(f'{path}: SHA-256 {found}{note}', logger='current')
+        elif expected:
+            found = _sha256(path)
+        if expected and found != expected:
+            raise CheckpointError(
+                f'{path}: has SHA-256 {found}, the official file has {expected}: not used. Remove it to fetch it anew'
+            )
+    barrier()
     return path
 
 
 def register_loader() -> None:
-    """Lets mmengine read official files and Runner checkpoints wherever a checkpoint is named.
+    """Lets mmengine read official files and Runner checkpoints wherever a checkpoint is named, and none unsafely.
 
-    mmengine's ``CheckpointLoader`` keeps a loader a scheme. Ours, for local files and for the official release's URL,
-    reads the file safely and prefixes an official classifier's keys (``backbone.``, ``head.``) as mmpretrain's
-    classifier has them. A file that our allow-list refuses is refused, on both lines of mmengine (onedl-mmengine's own
-    loader would go on to execute it), unless the user set torch's variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD; any other
-    file comes out as before.
+    mmengine's ``CheckpointLoader`` keeps a loader a scheme. Ours, for local files and for http(s), read the file safely
+    and prefix an official classifier's keys (``backbone.``, ``head.``) as mmpretrain's classifier has them. A file that
+    our allow-list refuses is refused, on both lines of mmengine (whose loaders of addresses would execute it), unless
+    the user set torch's variable TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD; any other file comes out as before.
     """
     schemes = CheckpointLoader._schemes
     if getattr(schemes.get(''), '_mmoverlock', False):
@@ -601,18 +818,26 @@ def register_loader() -> None:
         if not os.path.isfile(os.path.expanduser(filename)):
             return previous(filename, map_location=map_location)
         try:
-            return _with_prefixes(read_checkpoint(filename, map_location))
+            return _with_prefixes(_without_program(read_checkpoint(filename, map_location)))
         except UnsafeCheckpointError:
             if os.environ.get('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '0') in ('1', 'y', 'yes', 'true'):
                 return previous(filename, map_location=map_location)
             raise
 
-    def load_from_release(filename: str, map_location=None):
-        return _with_prefixes(read_checkpoint(_download(filename), map_location))
+    def load_from_http(filename: str, map_location=None, **kwargs):
+        return load_from_local(_download(filename), map_location)
 
-    load_from_local._mmoverlock = True
+    load_from_local._mmoverlock = load_from_http._mmoverlock = True
     CheckpointLoader.register_scheme('', load_from_local, force=True)
-    CheckpointLoader.register_scheme(OFFICIAL_RELEASE, load_from_release, force=True)
+    CheckpointLoader.register_scheme(('http://', 'https://'), load_from_http, force=True)
+
+
+def _without_program(checkpoint: dict) -> dict:
+    """Renames ``meta.config``, which mmengine's ``Runner.resume`` would run as Python; its own files have ``cfg``."""
+    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    if isinstance(meta, dict) and 'config' in meta:
+        meta.setdefault('cfg', meta.pop('config'))
+    return checkpoint
 
 
 def _with_prefixes(checkpoint: dict) -> dict:

@@ -8,6 +8,7 @@ work directory behind.
 import argparse
 import contextlib
 import importlib
+import json
 import os
 import os.path as osp
 import sys
@@ -443,3 +444,25 @@ def explain_single_value():
         raise UserError(
             f'a batch norm saw a single value per channel in training ({_reason(error)}): {SINGLE_VALUE_CURE}'
         ) from error
+
+
+@contextlib.contextmanager
+def explain_json(cfg: Config):
+    """Name the annotation file that is damaged: the reader of COCO's says line and column alone.
+
+    Raises:
+        UserError: In place of the JSON error.
+    """
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        for split in datacheck.from_config(cfg, ('train', 'val', 'test')):
+            path = getattr(split, 'annotations', None)
+            if not path or not path.endswith('.json') or not osp.isfile(path):
+                continue
+            try:
+                with open(path, encoding='utf-8') as file:
+                    json.load(file)
+            except ValueError as reason:
+                raise UserError(f'annotation file {path} is damaged ({_reason(reason)}): copy it again') from error
+        raise

@@ -90,7 +90,28 @@ def refuse_unsafe_checkpoints() -> bool:
     return True
 
 
-PATCHES = (skip_multimodal_models, find_mmseg_configs, refuse_unsafe_checkpoints)
+def refuse_unsafe_downloads() -> bool:
+    """Have the short names of model zoos (``torchvision://``, ``open-mmlab://``, ...) loaded as safely as addresses.
+
+    mmengine turns such a name into an address and calls its ``load_from_http`` directly, past the loader that
+    ``mmoverlock.checkpoints`` registers; that function lets ``torch.hub`` execute what is pickled in the file.
+
+    Returns:
+        bool: Whether the function was replaced.
+    """
+    from mmengine.runner import checkpoint
+
+    from .checkpoints import register_loader
+
+    register_loader()
+    safe = checkpoint.CheckpointLoader._schemes['https://']
+    if checkpoint.load_from_http is safe or not getattr(safe, '_mmoverlock', False):
+        return False
+    checkpoint.load_from_http = safe
+    return True
+
+
+PATCHES = (skip_multimodal_models, find_mmseg_configs, refuse_unsafe_checkpoints, refuse_unsafe_downloads)
 
 
 def apply() -> Tuple[str, ...]:

@@ -56,6 +56,18 @@ def _absent(path: str, what: str, is_kind) -> List[str]:
     return [f'{what} {path} does not exist']
 
 
+def _cut_off(path: str) -> List[str]:
+    """Whether a JSON file is empty or ends early, as one that was not copied to its end does."""
+    with open(path, 'rb') as file:
+        start = file.read(64).lstrip(b'\xef\xbb\xbf \t\r\n')[:1]
+        file.seek(max(0, os.path.getsize(path) - 64))
+        end = file.read().rstrip()[-1:]
+    if not start:
+        return [f'annotation file {path} is empty']
+    pairs = {b'{': b'}', b'[': b']'}
+    return [] if start in pairs and end == pairs[start] else [f'annotation file {path} is cut off or no JSON']
+
+
 def list_files(folder: str, suffixes: Sequence[str]) -> List[str]:
     """All files below ``folder`` that end in one of ``suffixes`` (any case), as sorted relative
     paths."""
@@ -111,7 +123,7 @@ class Split:
     layout = ''
 
     def missing(self) -> List[str]:
-        """Paths that the split needs and that are not there. Touches no file's content."""
+        """Paths that the split needs and that are not there, or cut off. Reads no more of a file than its ends."""
         if self.root and not is_remote(self.root) and not osp.isdir(self.root):
             return [f'data root {self.root} does not exist (looked for {osp.abspath(self.root)})']
         return self._missing_parts()
@@ -225,9 +237,10 @@ class CocoSplit(Split):
     layout = LAYOUTS['coco']
 
     def _missing_parts(self):
-        return _absent(self.annotations, 'annotation file', osp.isfile) + _absent(
-            self.images or self.root, 'image folder', osp.isdir
-        )
+        absent = _absent(self.annotations, 'annotation file', osp.isfile)
+        if not absent and self.annotations and not is_remote(self.annotations):
+            absent = _cut_off(self.annotations)
+        return absent + _absent(self.images or self.root, 'image folder', osp.isdir)
 
     def _inspect(self, samples):
         try:

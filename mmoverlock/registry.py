@@ -19,7 +19,7 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope=SCOPE,
-    locations=['mmoverlock.models', 'mmoverlock.models.heads'],
+    locations=['mmoverlock.models', 'mmoverlock.models.heads', 'mmoverlock.engine'],
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['mmoverlock.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -12,13 +13,15 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from torch import nn
 
-from mmoverlock import ContMixBlock, OverLoCK
+from mmoverlock import ContMixBlock, OverLoCK, checkpoints
 from mmoverlock.checkpoints import (
     CheckpointError,
     from_official,
     load_state_dict_file,
     read_checkpoint,
     to_official,
+    unwrap,
+    write_checkpoint,
 )
 from mmoverlock.models import ARCHS
 
@@ -394,15 +397,15 @@ def test_download_failure_names_the_cure(tiny, monkeypatch, tmp_path):
     def fail(url, path):
         raise OSError('no route to host')
 
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
+    monkeypatch.setattr(checkpoints, '_fetch', fail)
     url = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_xt_in1k_224.pth'
-    with pytest.raises(CheckpointError, match='cannot be downloaded .*put it at .*overlock_xt_in1k_224.pth'):
+    with pytest.raises(CheckpointError, match='cannot be downloaded .no route to host.*put it at .*in1k_224.pth'):
         pretrained(tiny, url)[0].init_weights()
 
 
 def test_release_url_is_read_once_downloaded(tiny, imagenet, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, path: torch.save(imagenet, path))
+    monkeypatch.setattr(checkpoints, '_fetch', lambda url, path: torch.save(imagenet, path))
     url = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_xt_in1k_224.pth'
     model = classifier(tiny)
     load_checkpoint(model, url, strict=True)
@@ -420,3 +423,65 @@ class Getattr:
 def test_getattr_reaches_only_the_methods_of_a_history(save):
     with pytest.raises(CheckpointError, match='getattr'):
         read_checkpoint(save(dict(a=Getattr())))
+
+
+# --- safetensors
+
+
+@pytest.mark.parametrize('into', ['bare', 'classifier', 'backbone'])
+def test_safetensors_wherever_a_checkpoint_is_named(tiny, imagenet, tmp_path, into):
+    pytest.importorskip('safetensors')
+    path = str(tmp_path / 'official.safetensors')
+    write_checkpoint(dict(state_dict=imagenet, meta=dict(source='here', epoch=3)), path)
+    if into == 'bare':
+        content = read_checkpoint(path)
+        assert all(torch.equal(content[k], v) for k, v in imagenet.items()) and len(content) == len(imagenet)
+        assert list(unwrap(content)) == list(content)
+    elif into == 'classifier':
+        model = classifier(tiny)
+        load_checkpoint(model, path, strict=True)
+        same(to_official(model.state_dict()), imagenet)
+    else:
+        model, _ = pretrained(tiny, path)
+        model.init_weights()
+        assert torch.equal(model.stem[0].conv.weight, imagenet['patch_embed1.0.weight'])
+
+
+def test_safetensors_of_shared_and_strided_tensors(tmp_path):
+    pytest.importorskip('safetensors')
+    path, whole = str(tmp_path / 'a.safetensors'), torch.arange(6.0).reshape(2, 3)
+    write_checkpoint(dict(a=whole, b=whole, c=whole.t()), path)
+    assert torch.equal(read_checkpoint(path)['c'], whole.t()) and torch.equal(read_checkpoint(path)['b'], whole)
+
+
+def test_damaged_safetensors(tmp_path):
+    pytest.importorskip('safetensors')
+    path = tmp_path / 'a.safetensors'
+    write_checkpoint(dict(a=torch.arange(6.0)), str(path))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match='a.safetensors: is not a safetensors file, or damaged'):
+        read_checkpoint(str(path))
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    (tmp_path / 'a.safetensors').write_bytes(b'')
+    with pytest.raises(CheckpointError, match='pip install safetensors'):
+        read_checkpoint(str(tmp_path / 'a.safetensors'))
+    with pytest.raises(CheckpointError, match='pip install safetensors'):
+        write_checkpoint(dict(a=torch.zeros(1)), str(tmp_path / 'b.safetensors'))
+
+
+# --- what torch.load does not look at
+
+
+@pytest.mark.parametrize('place', [0.3, 0.5, 0.7])
+def test_a_flipped_bit_in_a_weight_is_found(save, place):
+    path = save(dict(a=torch.zeros(1000), b=torch.zeros(1000)))
+    content = bytearray(open(path, 'rb').read())
+    content[int(len(content) * place)] ^= 1
+    with open(path, 'wb') as file:
+        file.write(content)
+    with pytest.raises(CheckpointError, match='the checksum of .*data/[01] does not match'):
+        read_checkpoint(path)

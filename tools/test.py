@@ -214,6 +214,9 @@ def prepare(args):
     check_whole(cfg, args.checkpoint)
     if args.tta:
         set_tta(cfg)
+    from mmoverlock.engine.hooks import make_reliable  # after the packages were checked
+
+    make_reliable(cfg)  # names pictures that cannot be read
     cli.set_launcher(cfg, args.launcher)
     return cfg
 

@@ -13,6 +13,7 @@ if importlib.util.find_spec('mmoverlock') is None:  # a checkout that is not ins
     sys.path.insert(0, osp.dirname(osp.dirname(osp.abspath(__file__))))
 
 from mmoverlock import cli, compat  # noqa: E402
+from mmoverlock.checkpoints import CheckpointError, latest_checkpoint  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -80,14 +81,13 @@ def set_resume(cfg, resume: str) -> None:
     if resume != 'auto':
         cfg.resume, cfg.load_from = True, resume
         return
-    last = osp.join(cfg.work_dir, 'last_checkpoint')
-    if not osp.isfile(last):
+    try:
+        path = latest_checkpoint(cfg.work_dir)
+    except CheckpointError as error:
+        raise cli.UserError(str(error)) from error
+    if path is None:
         cli.warn(f'nothing to resume in {cfg.work_dir}: starting from the beginning')
         return
-    with open(last, encoding='utf-8') as file:
-        path = file.read().strip()
-    if not osp.isfile(path):  # the work directory may have been moved since
-        path = osp.join(cfg.work_dir, osp.basename(path))
     cfg.resume, cfg.load_from = True, path
 
 
@@ -139,6 +139,9 @@ def prepare(args):
     cli.check_data(cfg, ('train', 'val'))
     cli.check_batch_norm(cfg)
     check_weights(cfg, backbone)
+    from mmoverlock.engine.hooks import make_reliable  # after the packages were checked
+
+    make_reliable(cfg)
     cli.set_launcher(cfg, args.launcher)
     return cfg
 
@@ -153,7 +156,7 @@ def main(argv=None):
         from mmengine.runner import Runner
 
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-        with cli.explain_single_value():
+        with cli.explain_single_value(), cli.explain_json(cfg):
             runner.train()
 
 

@@ -1,5 +1,8 @@
-"""Optimizer constructors and hooks, where :mod:`mmoverlock.registry` looks for them.
+"""Optimizer constructors and hooks, where :mod:`mmoverlock.registry` looks for them."""
 
-The recipes in ``configs`` need none of their own: mmengine's constructor reads their weight decay
-rules, and mmpretrain's EMA hook averages buffers too.
-"""
+from .hooks import BadSampleError, ReliableCheckpointHook, ReliableDataHook
+from .layer_decay import LayerDecayOptimWrapperConstructor
+from .non_finite import FiniteEMA, NonFiniteError, NonFiniteGuardHook
+
+__all__ = ['FiniteEMA', 'LayerDecayOptimWrapperConstructor', 'NonFiniteError', 'NonFiniteGuardHook']
+__all__ += ['BadSampleError', 'ReliableCheckpointHook', 'ReliableDataHook']

@@ -155,7 +155,8 @@ def test_imagenet_recipe(name):
     assert cfg.model.train_cfg == dict(augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)])
 
     (ema,) = cfg.custom_hooks
-    assert (ema.type, ema.momentum, ema.update_buffers) == ('EMAHook', 1e-4, True)
+    assert (ema.type, ema.ema_type) == ('EMAHook', 'mmoverlock.FiniteEMA')
+    assert (ema.momentum, ema.update_buffers) == (1e-4, True)
     assert ema.evaluate_on_ema and not ema.evaluate_on_origin
 
     for dataloader in (cfg.val_dataloader, cfg.test_dataloader):
@@ -211,11 +212,10 @@ def test_imagenet_schedule():
     cfg = load(CLASSIFICATION[0])
     assert cfg.train_cfg.max_epochs == 310
     lr = rates(cfg, 310, 4)
-    assert lr[0] == pytest.approx(1e-6)
-    assert lr[5] == pytest.approx(2e-3)
+    assert lr[0] == pytest.approx(1e-6, rel=1e-2)
     assert lr[5] == max(lr)
-    assert lr[5 + 295 // 5 * 2] == pytest.approx(1e-5 + (2e-3 - 1e-5) * (1 + np.cos(0.4 * np.pi)) / 2)
-    assert lr[299] > 1e-5 * 1.001
+    for epoch in (5, 120, 299):
+        assert lr[epoch] == pytest.approx(1e-5 + (2e-3 - 1e-5) * (1 + np.cos(epoch / 300 * np.pi)) / 2, rel=1e-4)
     assert lr[300:] == pytest.approx([1e-5] * 10, rel=1e-9)  # the cooldown
 
 

@@ -11,7 +11,6 @@ import sys
 if importlib.util.find_spec('mmoverlock') is None:  # a checkout that is not installed
     sys.path.insert(0, osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__)))))
 
-import torch  # noqa: E402
 
 from mmoverlock import checkpoints, cli, compat  # noqa: E402
 
@@ -28,7 +27,7 @@ def main(argv=None):
         except checkpoints.CheckpointError as error:
             raise cli.UserError(str(error)) from error
         with cli.replacing(args.dst) as partial:
-            torch.save(dict(state_dict=state, meta=dict(source=osp.basename(args.src))), partial)
+            checkpoints.write_checkpoint(dict(state_dict=state, meta=dict(source=osp.basename(args.src))), partial)
     print(f'{len(state)} tensors written to {args.dst}')
 
 

@@ -12,7 +12,6 @@ import sys
 if importlib.util.find_spec('mmoverlock') is None:  # a checkout that is not installed
     sys.path.insert(0, osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__)))))
 
-import torch  # noqa: E402
 
 from mmoverlock import checkpoints, cli, compat  # noqa: E402
 
@@ -79,7 +78,7 @@ def main(argv=None):
         except (checkpoints.CheckpointError, RuntimeError) as error:
             raise cli.UserError(f'{args.src}: {error}') from error
         with cli.replacing(args.dst) as partial:
-            torch.save(out, partial)
+            checkpoints.write_checkpoint(out, partial)
     print(f'{len(state)} tensors written to {args.dst}')
 
 

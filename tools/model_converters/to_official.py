@@ -12,7 +12,6 @@ import sys
 if importlib.util.find_spec('mmoverlock') is None:  # a checkout that is not installed
     sys.path.insert(0, osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__)))))
 
-import torch  # noqa: E402
 
 from mmoverlock import checkpoints, cli, compat  # noqa: E402
 
@@ -29,7 +28,7 @@ def main(argv=None):
         except checkpoints.CheckpointError as error:
             raise cli.UserError(str(error)) from error
         with cli.replacing(args.dst) as partial:
-            torch.save(state, partial)
+            checkpoints.write_checkpoint(state, partial)
     print(f'{len(state)} tensors written to {args.dst}')
 
 

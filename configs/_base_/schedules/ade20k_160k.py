@@ -12,7 +12,11 @@ param_scheduler = [
     dict(type='PolyLR', eta_min=0.0, power=1.0, begin=1500, end=160000, by_epoch=False),
 ]
 train_cfg = dict(val_interval=8000)
-default_hooks = dict(checkpoint=dict(interval=8000, max_keep_ckpts=1, save_best='mIoU'))
+default_hooks = dict(
+    checkpoint=dict(interval=8000, max_keep_ckpts=1, save_best='mIoU'),
+    # A step with infinities leaves no trace; 20 in a row end the run, with the parameter's name.
+    non_finite_guard=dict(type='mmoverlock.NonFiniteGuardHook'),
+)
 sync_bn = 'torch'
 
 auto_scale_lr = dict(enable=False, base_batch_size=16)

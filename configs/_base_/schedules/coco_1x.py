@@ -10,6 +10,10 @@ optim_wrapper = dict(
     # 'norm', so a longer key, which mmengine tries first, takes them out again.
     paramwise_cfg=dict(custom_keys={'norm': dict(decay_mult=0.0), '.norm.': dict(decay_mult=1.0)}),
 )
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=1, save_best='auto'))
+default_hooks = dict(
+    checkpoint=dict(max_keep_ckpts=1, save_best='auto'),
+    # A step with infinities leaves no trace; 20 in a row end the run, with the parameter's name.
+    non_finite_guard=dict(type='mmoverlock.NonFiniteGuardHook'),
+)
 # The batch statistics of two pictures are too noisy.
 sync_bn = 'torch'
