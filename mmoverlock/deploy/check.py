@@ -1,0 +1,106 @@
+"""Reading an exported file back, and holding it against PyTorch."""
+
+import time
+from dataclasses import dataclass
+from typing import Callable, List, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from .exporters import need
+from .models import Deployable
+
+
+def load(path: str, format: str, threads: int = 1) -> Callable[[Tensor], Tuple[Tensor, ...]]:
+    """An exported file as a function from images to a tuple of tensors, on the CPU.
+
+    Args:
+        path (str): The file.
+        format (str): Key of :data:`mmoverlock.deploy.FORMATS`. Only load files that you trust.
+        threads (int): Of onnxruntime; the others follow ``torch.set_num_threads``. Defaults to 1.
+
+    Raises:
+        ExportError: onnxruntime is not installed.
+    """
+    if format == 'onnx':
+        need('onnxruntime')
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 4  # its errors are raised, not printed
+        session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+        return lambda image: tuple(torch.from_numpy(out) for out in session.run(None, dict(image=image.numpy())))
+    if format == 'torchscript':
+        run = torch.jit.load(path)
+    elif format == 'export':
+        run = torch.export.load(path).module()
+    else:
+        run = torch._inductor.aoti_load_package(path)
+
+    def call(image: Tensor) -> Tuple[Tensor, ...]:
+        with torch.no_grad():
+            out = run(image)
+        return (out,) if isinstance(out, Tensor) else tuple(out)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Row:
+    """An exported file against PyTorch, at one size.
+
+    Args:
+        shape (tuple[int, ...]): Of the image.
+        error (float): Largest absolute difference of any output, in units of the larger of 1 and the output's largest
+            magnitude.
+        torch_ms (float): PyTorch's processor time of a call, in milliseconds; NaN where it was not timed.
+        exported_ms (float): The file's.
+    """
+
+    shape: Tuple[int, ...]
+    error: float
+    torch_ms: float = float('nan')
+    exported_ms: float = float('nan')
+
+
+def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """Largest difference as :class:`Row` has it; infinite where number or shapes of outputs differ, or one is NaN."""
+    if len(expected) != len(found):
+        return float('inf')
+    worst = 0.0
+    for a, b in zip(expected, found):
+        if a.shape != b.shape or not torch.isfinite(b).all():
+            return float('inf')
+        if a.numel():
+            a, b = a.double(), b.double()
+            worst = max(worst, float((a - b).abs().max() / max(1.0, float(a.abs().max()))))
+    return worst
+
+
+def compare(model: Deployable, run: Callable, images: Sequence[Tensor], repeats: int = 0) -> List[Row]:
+    """Runs a model and its exported file on the same images.
+
+    Args:
+        model (Deployable): What was exported.
+        run (Callable): From :func:`load`.
+        images (Sequence[Tensor]): Batches.
+        repeats (int): Timed calls of each, in turns, after an untimed one; the middle value counts. The time is the
+            processor's, so other programs do not count, and with several threads their sum. Defaults to 0: untimed.
+
+    Returns:
+        list[Row]: One for each batch.
+    """
+
+    def timed(function, image):
+        start = time.process_time()
+        function(image)
+        return 1e3 * (time.process_time() - start)
+
+    rows = []
+    with torch.no_grad():
+        for image in images:
+            error = difference(model(image), run(image))
+            turns = [(timed(model, image), timed(run, image)) for _ in range(repeats)]
+            middle = [sorted(times)[repeats // 2] for times in zip(*turns)] or [float('nan')] * 2
+            rows.append(Row(tuple(image.shape), error, *middle))
+    return rows
