@@ -29,6 +29,8 @@ EXTRAS = {
         'torchvision',
         'setuptools<81',
     ],
+    'deploy': ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5'],
+    'timm': ['timm>=1.0.12', 'safetensors'],
     'natten': ['natten>=0.17,<0.18'],
     'dev': ['pytest', 'ruff', 'pre-commit'],
 }
@@ -57,7 +59,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['mmoverlock', 'mmoverlock.*']),
-    install_requires=['torch>=2.1', 'numpy'],
+    install_requires=['torch>=2.5', 'numpy'],
     extras_require=EXTRAS,
     cmdclass={'build_py': BuildWithConfigs},
     zip_safe=False,

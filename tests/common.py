@@ -1,7 +1,11 @@
 """Names that several test modules import: the golden folder and a network small enough to run in no time."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 GOLDEN = Path(__file__).parent / 'golden'
 sys.path.insert(0, str(GOLDEN))
@@ -25,3 +29,19 @@ def randomise(module, seed=0):
     official = fill.fill(module.state_dict())
     module.load_state_dict({k: v.to(module.state_dict()[k].dtype) for k, v in official.items()})
     return module
+
+
+class OnGpu:
+    """A tensor's shape and type on a GPU that is not there."""
+
+    def __init__(self, *shape, dtype=torch.float16):
+        self.shape, self.dtype, self.device = shape, dtype, torch.device('cuda', 0)
+
+
+def run_interpreted(tests):
+    """Runs tests of kernels in a process of their own: Triton reads the wish to interpret when it is first imported."""
+    env = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
+    command = [sys.executable, '-m', 'pytest', '-q', '-x', '-p', 'no:cacheprovider', str(tests)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert ' passed' in result.stdout

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from common import GOLDEN, TINY, fill
+from mmengine.registry import DefaultScope
 
 
 @pytest.fixture(scope='session')
@@ -31,6 +32,13 @@ def official_state_dict(official_shapes):
         )
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def no_default_scope():
+    """Whose registry names are looked up in is the whole process's in mmengine: no test sees what another set."""
+    yield
+    DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture

@@ -128,10 +128,25 @@ def test_loader_is_left_alone_where_it_does_not_fall_back(monkeypatch):
     assert not compat.refuse_unsafe_checkpoints()
 
 
+def test_zoo_names_are_loaded_safely(monkeypatch, tmp_path):
+    monkeypatch.setattr(checkpoint, 'load_from_http', checkpoint.load_from_local)  # any that is not ours
+    assert compat.refuse_unsafe_downloads()
+    assert not compat.refuse_unsafe_downloads(), 'a second call has nothing to do'
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(checkpoint, 'get_torchvision_models', lambda: {'evil': 'https://example.org/evil.pth'})
+    (tmp_path / 'checkpoints').mkdir()
+    target = tmp_path / 'executed'
+    torch.save(dict(args=Malicious(str(target))), tmp_path / 'checkpoints' / 'evil.pth')
+    with pytest.raises(RuntimeError, match='mkdir, which could run code'):
+        checkpoint.CheckpointLoader.load_checkpoint('torchvision://evil', map_location='cpu')
+    assert not target.exists()
+
+
 def test_apply_names_what_it_changed(monkeypatch):
     installed(monkeypatch, onedl_mmsegmentation=1)
     monkeypatch.delattr(checkpoint, '_safe_torch_load', raising=False)
     monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
+    compat.refuse_unsafe_downloads()  # in force already where another test came first
     assert compat.apply() == ('find_mmseg_configs',)
     assert compat.apply() == ()
 

@@ -370,7 +370,7 @@ def dry_run(*args):
 def test_make_test_sets_up_and_runs_the_tests():
     out = dry_run('test', 'ARGS=-k some').stdout
     assert 'tools/dev/setup_env.py --line openmmlab --venv .venv\n' in out
-    assert re.search(r'^\.venv/bin/python -m pytest .*-k some$', out, re.MULTILINE)
+    assert re.search(r'^OMP_NUM_THREADS=1 \.venv/bin/python -m pytest .*-k some$', out, re.MULTILINE)
 
 
 def test_make_demo_sets_up_and_runs_the_demo():

@@ -5,18 +5,12 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_configs import load_tool, picture, write_config
+from tiny_configs import imagenet_folders, load_tool, picture, write_config
 
 
 @pytest.fixture(scope='session')
 def imagenet(tmp_path_factory):
-    """Two folders a split: 8 pictures to train on, 4 to test."""
-    root, rng = tmp_path_factory.mktemp('imagenet'), np.random.default_rng(0)
-    for split, number in (('train', 4), ('val', 2)):
-        for name in ('cat', 'dog'):
-            for i in range(number):
-                picture(root / split / name / f'{name}{i}.png', rng)
-    return root
+    return imagenet_folders(tmp_path_factory.mktemp('imagenet'))
 
 
 @pytest.fixture(scope='session')

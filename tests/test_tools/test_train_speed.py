@@ -22,6 +22,14 @@ def test_a_step_of_every_task_is_timed(tool, task, roots, tmp_path, capsys):
     assert float(rate) == pytest.approx(2e3 / float(ms), abs=0.51)
 
 
+def test_configs_whose_visualizers_share_a_name(tool, roots, tmp_path, capsys):
+    config = write_config(tmp_path / 'tiny.py', 'cls', roots['cls'])
+    with open(config, 'a') as file:
+        file.write("\nvisualizer = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')], name='same')\n")
+    tool.main([config, config, '--iters', '1', '--warmup', '0', '--batch-size', '2'])
+    assert capsys.readouterr().out.count('| tiny |') == 2
+
+
 def test_clear_errors(tool, roots, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         tool.main([str(tmp_path / 'absent.py')])

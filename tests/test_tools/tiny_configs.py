@@ -147,6 +147,16 @@ def picture(path, rng, size=64):
     Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)).save(path)
 
 
+def imagenet_folders(root):
+    """Two folders a split: 8 pictures to train on, 4 to test."""
+    rng = np.random.default_rng(0)
+    for split, number in (('train', 4), ('val', 2)):
+        for name in ('cat', 'dog'):
+            for i in range(number):
+                picture(root / split / name / f'{name}{i}.png', rng)
+    return root
+
+
 def last(work):
     """The last checkpoint of a work directory."""
     return (work / 'last_checkpoint').read_text().strip()

@@ -71,6 +71,7 @@ def measure(path: str, iters: int, warmup: int, batch_size=None) -> dict:
     cfg.optim_wrapper.optimizer.lr = 0.0  # the same work, and the loss stays finite
     cfg.log_level = 'ERROR'
     cfg.experiment_name = osp.abspath(path)
+    cfg.visualizer = None  # those of the configs share a name: the second would write into the first one's folder
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
