@@ -130,16 +130,19 @@ class ContMixer(nn.Module):
         Returns:
             Tensor: (B, C, H, W).
         """
+        return contmix(*self.operands(query, key), value)
+
+    def operands(self, query: Tensor, key: Tensor) -> Tuple[Tensor, ...]:
+        """The arguments of :func:`mmoverlock.ops.contmix` up to the values: what its kernels are made of."""
         query = self.query(query) * self.scale
         key = self.key(F.adaptive_avg_pool2d(key, CONTEXT_SIZE))
-        return contmix(
+        return (
             query.unflatten(1, (self.groups, -1)),
             key.flatten(2).unflatten(1, (self.groups, -1)),
             self.weight_proj.weight.flatten(1),
             self.weight_proj.bias,
             self.rpb1,
             self.rpb2,
-            value,
         )
 
 

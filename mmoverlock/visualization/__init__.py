@@ -1,0 +1,28 @@
+"""Looking inside a network: what it saw, where it looked, and how far.
+
+Functions of a model and a normalised picture that give arrays; nothing is drawn but by :func:`overlay`. The model is an
+:class:`mmoverlock.OverLoCK` or anything with one inside: a classifier, detector or segmentor. It may be in training,
+compiled or merged; it stays as it is. ``tools/analysis/visualize_*.py`` draw what comes out.
+"""
+
+from .contmix import ContMixKernels, contmix_blocks, contmix_kernels
+from .curves import read_curves, smooth
+from .gradients import contribution_area, effective_receptive_field, grad_cam
+from .inputs import find_backbone, normalize
+from .maps import feature_maps, overlay, overview_map
+
+__all__ = [
+    'ContMixKernels',
+    'contmix_blocks',
+    'contmix_kernels',
+    'contribution_area',
+    'effective_receptive_field',
+    'feature_maps',
+    'find_backbone',
+    'grad_cam',
+    'normalize',
+    'overlay',
+    'overview_map',
+    'read_curves',
+    'smooth',
+]
