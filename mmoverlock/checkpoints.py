@@ -732,8 +732,19 @@ class _OnlyHttps(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _fetch(url: str, path: str) -> str:
-    """Downloads to a file that appears whole or not at all; gives the SHA-256."""
+def fetch(url: str, path: str) -> str:
+    """Downloads to a file that appears whole or not at all.
+
+    Args:
+        url (str): An https address; a redirection to anything else is not followed.
+        path (str): Where to; the folder is there.
+
+    Returns:
+        str: The SHA-256.
+
+    Raises:
+        OSError: It cannot be fetched, or broke off.
+    """
     digest = hashlib.sha256()
     partial = tempfile.NamedTemporaryFile(dir=os.path.dirname(path), suffix='.partial', delete=False)
     try:
@@ -784,7 +795,7 @@ def _download(url: str) -> str:
         if not os.path.isfile(path):
             os.makedirs(folder, exist_ok=True)
             try:
-                found = _fetch(url, path)
+                found = fetch(url, path)
             except (urllib.error.URLError, OSError) as error:
                 raise CheckpointError(
                     f'{url}: cannot be downloaded ({_first_line(error)}). Download it elsewhere and put it at {path}'

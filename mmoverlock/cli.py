@@ -32,6 +32,9 @@ SINGLE_VALUE_CURE = (
     'batch) set train_dataloader.drop_last=True'
 )
 
+# Parts of a model that a checkpoint of a backbone lacks.
+HEADS = ('head', 'bbox_head', 'rpn_head', 'roi_head', 'decode_head')
+
 
 class UserError(Exception):
     """A mistake in what the user asked for, told in one line that also says what to do."""
@@ -400,6 +403,28 @@ def check_fit(backbone, content: Optional[dict], path: str, prefix: str = 'backb
         adapt_backbone_state_dict(backbone, own, '', strict=strict)
     except CheckpointError as error:
         raise UserError(f'{path} does not fit this config: {error}') from error
+
+
+def check_whole(cfg: Config, checkpoint: str) -> None:
+    """A checkpoint is of a config's model: another variant, or half a model, is refused.
+
+    Args:
+        cfg (Config): The config.
+        checkpoint (str): File or http(s) address.
+
+    Raises:
+        UserError: If it cannot be read or is not.
+    """
+    content, backbone = check_checkpoint(checkpoint), check_model(cfg)
+    if content is None or backbone is None:
+        return
+    check_fit(backbone, content, checkpoint, strict=True)
+    state = content.get('state_dict', content)
+    absent = [part for part in HEADS if cfg.model.get(part) and not any(k.startswith(f'{part}.') for k in state)]
+    if absent:
+        raise UserError(
+            f'{checkpoint} has no {" and no ".join(absent)}: it is a backbone, not the whole model that this needs'
+        )
 
 
 def check_batch_norm(cfg: Config) -> None:

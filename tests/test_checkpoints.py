@@ -397,7 +397,7 @@ def test_download_failure_names_the_cure(tiny, monkeypatch, tmp_path):
     def fail(url, path):
         raise OSError('no route to host')
 
-    monkeypatch.setattr(checkpoints, '_fetch', fail)
+    monkeypatch.setattr(checkpoints, 'fetch', fail)
     url = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_xt_in1k_224.pth'
     with pytest.raises(CheckpointError, match='cannot be downloaded .no route to host.*put it at .*in1k_224.pth'):
         pretrained(tiny, url)[0].init_weights()
@@ -405,7 +405,7 @@ def test_download_failure_names_the_cure(tiny, monkeypatch, tmp_path):
 
 def test_release_url_is_read_once_downloaded(tiny, imagenet, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(checkpoints, '_fetch', lambda url, path: torch.save(imagenet, path))
+    monkeypatch.setattr(checkpoints, 'fetch', lambda url, path: torch.save(imagenet, path))
     url = 'https://github.com/LMMMEng/OverLoCK/releases/download/v1/overlock_xt_in1k_224.pth'
     model = classifier(tiny)
     load_checkpoint(model, url, strict=True)

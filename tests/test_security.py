@@ -208,17 +208,17 @@ def server():
 
 def test_fetched_whole_or_not_at_all(server, tmp_path, monkeypatch):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
-    digest = checkpoints._fetch(f'{server}/whole', str(tmp_path / 'a'))
+    digest = checkpoints.fetch(f'{server}/whole', str(tmp_path / 'a'))
     assert digest == 'ef797c8118f02dfb649607dd5d3f8c7623048c9c063d532cc95c5ed7a898a64f'
     assert (tmp_path / 'a').read_bytes() == b'12345678'
     with pytest.raises(OSError, match='broke off after 4 of 8 bytes'):
-        checkpoints._fetch(f'{server}/short', str(tmp_path / 'b'))
+        checkpoints.fetch(f'{server}/short', str(tmp_path / 'b'))
     assert os.listdir(tmp_path) == ['a']
 
 
 def test_recorded_sum(cache, monkeypatch):
     url = checkpoints.OFFICIAL_RELEASE + 'v1/overlock_xt_in1k_224.pth'
-    monkeypatch.setattr(checkpoints, '_fetch', lambda url, path: (torch.save(dict(a=torch.ones(1)), path), 'abc')[1])
+    monkeypatch.setattr(checkpoints, 'fetch', lambda url, path: (torch.save(dict(a=torch.ones(1)), path), 'abc')[1])
     said = []
     monkeypatch.setattr(checkpoints, 'print_log', lambda text, **kwargs: said.append(text))
     path = checkpoints._download(url)

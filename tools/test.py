@@ -17,7 +17,6 @@ if importlib.util.find_spec('mmoverlock') is None:  # a checkout that is not ins
 from mmoverlock import cli, compat  # noqa: E402
 
 DET_META = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor', 'flip', 'flip_direction')
-HEADS = ('head', 'bbox_head', 'rpn_head', 'roi_head', 'decode_head')
 FLIPS = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
 
 
@@ -169,20 +168,6 @@ def write_label_maps(cfg, folder: str) -> None:
     metrics[0].output_dir = folder
 
 
-def check_whole(cfg, checkpoint: str) -> None:
-    """The checkpoint is of this config's model: another variant, or half a model, is refused."""
-    content, backbone = cli.check_checkpoint(checkpoint), cli.check_model(cfg)
-    if content is None or backbone is None:
-        return
-    cli.check_fit(backbone, content, checkpoint, strict=True)
-    state = content.get('state_dict', content)
-    absent = [part for part in HEADS if cfg.model.get(part) and not any(k.startswith(f'{part}.') for k in state)]
-    if absent:
-        raise cli.UserError(
-            f'{checkpoint} has no {" and no ".join(absent)}: it is a backbone, not the whole model that a test needs'
-        )
-
-
 def prepare(args):
     """Read the config, apply the flags and check all that can be checked.
 
@@ -211,7 +196,7 @@ def prepare(args):
 
     cli.check_packages(cfg)
     cli.check_data(cfg, ('test',))
-    check_whole(cfg, args.checkpoint)
+    cli.check_whole(cfg, args.checkpoint)
     if args.tta:
         set_tta(cfg)
     from mmoverlock.engine.hooks import make_reliable  # after the packages were checked
