@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm  # of every kind: SyncBatchNorm is no BatchNorm2d
 
 from ..checkpoints import adapt_block_state_dict
 from ..ops import contmix
@@ -74,7 +75,7 @@ class BaseBlock(nn.Module):
 
     def switch_to_deploy(self) -> None:
         """Folds the batch norm into the (merged) large kernel."""
-        if isinstance(self.bn, nn.BatchNorm2d):
+        if isinstance(self.bn, _BatchNorm):
             fold_following_bn(self.large_kernel.conv, self.bn)
             self.bn = nn.Identity()
 
@@ -165,7 +166,7 @@ class Lepe(nn.Module):
 
     def switch_to_deploy(self) -> None:
         """Folds the batch norm into the (merged) large kernel."""
-        if isinstance(self.bn, nn.BatchNorm2d):
+        if isinstance(self.bn, _BatchNorm):
             fold_following_bn(self.large_kernel.conv, self.bn)
             self.bn = nn.Identity()
 
@@ -206,7 +207,7 @@ class Fusion(nn.Module):
 
     def switch_to_deploy(self) -> None:
         """Folds the batch norm into the depthwise convolution."""
-        if isinstance(self.bn, nn.BatchNorm2d):
+        if isinstance(self.bn, _BatchNorm):
             fold_following_bn(self.dwconv, self.bn)
             self.bn = nn.Identity()
 

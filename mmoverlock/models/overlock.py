@@ -298,11 +298,16 @@ class OverLoCK(BaseModule):
         if x.device.type == 'cpu':
             # PyTorch's CPU depthwise convolutions are up to 20 times faster in this format; the layers keep it.
             x = x.contiguous(memory_format=torch.channels_last)
+        last = 3 if self.out_type == 'classification' else self.out_indices[-1]  # nothing after it is needed
         # Base-Net
         x1 = self._run(1, self.stage1, self.stem(x))
+        if last == 0:
+            return self._pyramid(x1)
         x2 = self._run(2, self.stage2, self.down2(x1))
         if self.out_type == 'pyramid':
             x2 = self.norm1(x2)
+        if last == 1:
+            return self._pyramid(x1, x2)
         x3 = self._run(3, self.stage3, self.down3(x2))
         # Overview-Net
         overview = self._run(4, self.stage4, self.down4(x3))
@@ -311,24 +316,28 @@ class OverLoCK(BaseModule):
         prior_up = resize(prior, x3.shape[2:])
         x, h = self._focus(5, self.focus3, x3, prior_up, prior_up)
         focus3 = (x, h)
+        if last == 2:
+            return self._pyramid(x1, x2, focus3)
         x, h = self._focus(6, self.focus4, self.focus_down['x'](x), self.focus_down['h'](h), prior)
         focus4 = torch.cat([x, h], dim=1)
         if self.out_type == 'classification':
             return overview, focus4
-
-        maps = []
-        for i in self.out_indices:
-            feature = (x1, x2, focus3, focus4)[i]
-            if i == 2:
-                feature = torch.cat(feature, dim=1)
-            maps.append(feature if i == 1 else getattr(self, f'norm{i}')(feature))
+        maps = self._pyramid(x1, x2, focus3, focus4)
         if self.fuse_overview:
             # In the weights' own precision, also under autocast: times 1e-5, half precision would round the gradient of
             # the branch, and at first the branch itself, to nothing.
             with no_autocast(overview.device.type):
                 overview = self.overview_norm(overview.to(self.overview_proj.weight.dtype))
                 branch = self.overview_scale(self.overview_proj(overview))
-            maps[-1] = maps[-1] + branch.to(maps[-1].dtype)
+            maps = (*maps[:-1], (maps[-1] + branch.to(maps[-1].dtype)).contiguous())
+        return maps
+
+    def _pyramid(self, *features) -> Tuple[Tensor, ...]:
+        """The normed maps at ``out_indices``; ``features`` are those of all levels up to the last one asked for."""
+        maps = []
+        for i in self.out_indices:
+            feature = torch.cat(features[i], dim=1) if i == 2 else features[i]
+            maps.append(feature if i == 1 else getattr(self, f'norm{i}')(feature))
         # mmcv's RoIAlign and its kind read a map as NCHW without asking.
         return tuple(m.contiguous() for m in maps)
 
@@ -385,6 +394,12 @@ class OverLoCK(BaseModule):
         for names in groups[: self.frozen_stages + 1]:
             for name in names:
                 getattr(self, name).eval().requires_grad_(False)
+        if self.out_type == 'pyramid':
+            # What comes after the last map asked for does not run. Distributed training would wait for its gradients.
+            last = self.out_indices[-1]
+            for names in (*groups[(2, 3, 6, 7)[last] :], *([('norm1',)] if last == 0 else [])):
+                for name in names:
+                    getattr(self, name).requires_grad_(False)
 
     def init_weights(self) -> None:
         """Loads the checkpoint that ``init_cfg`` names, whatever its layout.
