@@ -11,8 +11,10 @@ import importlib
 import json
 import os
 import os.path as osp
+import signal
 import sys
 import tempfile
+import time
 from typing import Optional, Sequence
 
 import torch
@@ -34,6 +36,16 @@ SINGLE_VALUE_CURE = (
 
 # Parts of a model that a checkpoint of a backbone lacks.
 HEADS = ('head', 'bbox_head', 'rpn_head', 'roi_head', 'decode_head')
+
+# What gloo and NCCL say when the process at the other end is gone.
+LOST_CONNECTION = (
+    'Connection reset by peer',
+    'Connection closed by peer',
+    'Broken pipe',
+    'ncclRemoteError',
+    'ncclSystemError',
+    'NCCL communicator was aborted',
+)
 
 
 class UserError(Exception):
@@ -469,6 +481,41 @@ def explain_single_value():
         raise UserError(
             f'a batch norm saw a single value per channel in training ({_reason(error)}): {SINGLE_VALUE_CURE}'
         ) from error
+
+
+@contextlib.contextmanager
+def explain_non_finite():
+    """Show the guard's error as one line: it names the parameter and the cure, a traceback adds nothing.
+
+    Raises:
+        UserError: In its place.
+    """
+    from .engine import NonFiniteError
+
+    try:
+        yield
+    except NonFiniteError as error:
+        raise UserError(_reason(error)) from error
+
+
+@contextlib.contextmanager
+def wait_for_the_cause(runner, seconds: float = 30):
+    """Let the process that failed first be the one whose error the launcher reports.
+
+    When one of several processes dies, the others find their connections broken and fail as well, at times before the
+    launcher has seen the first one's exit: it then names the consequence as the cause. A process that lost a connection
+    therefore waits to be stopped by its launcher, unless it has been told already, and fails by itself only after
+    ``seconds`` (the cause was on another node).
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() > 1 and any(text in str(error) for text in LOST_CONNECTION):
+            print(f'rank {rank()} lost the connection to another process ({_reason(error)})', file=sys.stderr)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to save: stop at once when told to
+            if not any(getattr(hook, 'told_to_stop', False) for hook in runner.hooks):
+                time.sleep(seconds)
+        raise
 
 
 @contextlib.contextmanager

@@ -156,7 +156,12 @@ def main(argv=None):
         from mmengine.runner import Runner
 
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-        with cli.explain_single_value(), cli.explain_json(cfg):
+        with (
+            cli.wait_for_the_cause(runner),
+            cli.explain_single_value(),
+            cli.explain_non_finite(),
+            cli.explain_json(cfg),
+        ):
             runner.train()
 
 

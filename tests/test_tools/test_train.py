@@ -1,7 +1,9 @@
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from tiny_configs import TOOLS, fails, last, write_config
 
 from mmoverlock import cli
+from mmoverlock.engine import NonFiniteError
 
 
 @pytest.fixture
@@ -276,6 +279,27 @@ def test_single_value_is_explained():
         norm(torch.zeros(1, 3, 1, 1))
     with pytest.raises(ValueError, match='^other$'), cli.explain_single_value():
         raise ValueError('other')
+
+
+def test_steps_that_are_not_finite_end_in_one_line():
+    with pytest.raises(cli.UserError, match='^3 steps in a row skipped$'), cli.explain_non_finite():
+        raise NonFiniteError('3 steps in a row skipped')
+
+
+@pytest.mark.parametrize(
+    'world, lost, told, waits',
+    [(2, True, False, True), (2, True, True, False), (2, False, False, False), (1, True, False, False)],
+)
+def test_a_broken_connection_waits_for_its_cause(monkeypatch, capsys, world, lost, told, waits):
+    slept, runner = [], SimpleNamespace(hooks=[object(), SimpleNamespace(told_to_stop=told)])
+    monkeypatch.setenv('WORLD_SIZE', str(world))
+    monkeypatch.setattr(time, 'sleep', slept.append)
+    monkeypatch.setattr(signal, 'signal', lambda *args: None)
+    text = 'gloo/transport/tcp/pair.cc:1: Read error: Connection reset by peer' if lost else 'out of memory'
+    with pytest.raises(RuntimeError, match=text), cli.wait_for_the_cause(runner, 7):
+        raise RuntimeError(text)
+    assert slept == ([7] if waits else [])
+    assert ('lost the connection to another process' in capsys.readouterr().err) == (lost and world > 1)
 
 
 def test_amp_needs_a_gpu(train, config, tmp_path, capsys, monkeypatch):

@@ -193,6 +193,11 @@ class ReliableCheckpointHook(CheckpointHook):
             self._write(runner, INTERRUPTED, meta, by_epoch=False)
         self._exit(runner, f'after iteration {runner.iter + 1}')
 
+    @property
+    def told_to_stop(self) -> bool:
+        """Whether a signal has come."""
+        return self._received is not None
+
     def _all_agree_to_stop(self, runner) -> bool:
         if get_world_size() == 1:
             return self._received is not None
