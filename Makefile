@@ -13,12 +13,13 @@ ARGS ?=
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint pins clean clean-env
+.PHONY: help setup test demo docs lint pins clean clean-env
 
 help:
 	@echo 'make demo      set up, then train, test and draw all three tasks on made-up scenes; ends in work_dirs/demo/report.html'
 	@echo 'make test      set up, then run the tests'
 	@echo 'make setup     only make the environment, $(VENV)'
+	@echo 'make docs      build the documentation as a site in work_dirs/docs'
 	@echo 'make lint      check the style with ruff'
 	@echo 'make pins      choose versions anew: requirements/*.in -> requirements/*.txt'
 	@echo 'make clean     remove what running made (not the environments)'
@@ -32,10 +33,15 @@ setup:
 # A file of tests to a process, one process a core; each process computes with one thread. In the order of the files: by
 # default those with few tests come last, and among them are the longest.
 test: setup
+	@$(PY) tools/dev/install_browser.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 demo: setup
 	$(PY) tools/demo/run_demo.py $(ARGS)
+
+docs: setup
+	$(PY) -m sphinx -b html -W --keep-going $(ARGS) docs work_dirs/docs
+	@echo 'open work_dirs/docs/index.html'
 
 lint: setup
 	$(PY) -m ruff check $(ARGS) .

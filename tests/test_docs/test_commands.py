@@ -1,0 +1,86 @@
+"""Every command in the documentation runs.
+
+A page's commands run in their order in one folder, as a reader would type them (``sandbox.py`` says what is made smaller).
+"""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+import sandbox
+from pages import PAGES, ROOT, commands
+
+#: Flags added to a tool's own, where a command is of a size that needs a GPU. The last of two equal flags counts.
+SMALLER = {
+    'tools/analysis/benchmark.py': ['--device', 'cpu', '--dtype', 'fp32', '--batch', '1', '--iters', '1'],
+    'tools/analysis/profile.py': ['--device', 'cpu', '--dtype', 'fp32', '--batch', '1', '--iters', '1'],
+}
+
+#: Commands that do not run here: a regular expression, and why.
+NOT_HERE = {
+    r'benchmark_(contmix|depthwise)\.py': 'times kernels on a GPU; tests/test_ops runs them in the interpreter',
+    r'benchmark\.py .*--suite': 'minutes even on a GPU; tests/test_tools/test_benchmark.py reads every row of the suites',
+}
+
+
+def not_here(command):
+    return next((why for pattern, why in NOT_HERE.items() if re.search(pattern, command)), None)
+
+
+@pytest.mark.parametrize('page', [p for p in PAGES if commands(p)], ids=lambda p: p.stem)
+def test_commands(page, tmp_path):
+    folder = sandbox.make(tmp_path)
+    for command in commands(page):
+        if not_here(command):
+            continue
+        for program, *argv in sandbox.call(folder, command):
+            if program == 'python':
+                sandbox.run(folder, argv, SMALLER.get(argv[0], ()))
+            else:
+                CHECKS[program](argv)
+
+
+def check_make(argv):
+    """The targets exist: a dry run."""
+    done = subprocess.run(['make', '-n', *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def check_pip(argv):
+    """Versions are those that are tested, extras those that exist; tests/test_setup.py installs."""
+    pins = dict(
+        line.split(';')[0].strip().split('==')
+        for line in (ROOT / 'requirements/openmmlab.txt').read_text().splitlines()
+        if '==' in line
+    )
+    extras = re.findall(r'^ +[\'"]?(\w+)[\'"]?[:=]', (ROOT / 'setup.py').read_text(), re.MULTILINE)
+    assert argv[0] == 'install'
+    for argument in argv[1:]:
+        if match := re.fullmatch(r'\.(?:\[(.*)\])?', argument):
+            for extra in filter(None, (match[1] or '').split(',')):
+                assert extra in extras, f'setup.py has no extra {extra}'
+        elif match := re.fullmatch(r'([\w-]+)==([\w.]+)', argument):
+            name, version = match.groups()
+            text = (ROOT / 'tools/dev/setup_env.py').read_text()
+            assert pins.get(name) == version or f'{name}=={version}' in text, f'{argument} is not what is tested'
+
+
+def check_git(argv):
+    assert argv[0] in ('clone', 'status')
+
+
+CHECKS = dict(make=check_make, pip=check_pip, git=check_git)
+
+
+@pytest.mark.parametrize('pattern', NOT_HERE)
+def test_exceptions_are_needed(pattern):
+    assert any(re.search(pattern, command) for page in PAGES for command in commands(page))
+
+
+def test_no_placeholders():
+    """What stands in a block can be typed as it is."""
+    for page in PAGES:
+        for command in commands(page):
+            words = [w for w in shlex.split(command, comments=True) if re.fullmatch(r'[A-Z]{4,}(\.\w+)?|<.*>', w)]
+            assert not words, f'{page.name}: {command}'
