@@ -5,6 +5,7 @@ holds it against PyTorch. ``tools/deploy/export.py`` is all four as a command.
 """
 
 from .check import Row, compare, load
+from .detectors import paste_masks
 from .exporters import FORMATS, ExportError, export, smallest_size
 from .models import Deployable, deployable
 
@@ -17,5 +18,6 @@ __all__ = [
     'deployable',
     'export',
     'load',
+    'paste_masks',
     'smallest_size',
 ]

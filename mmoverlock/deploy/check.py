@@ -2,11 +2,12 @@
 
 import time
 from dataclasses import dataclass
-from typing import Callable, List, Sequence, Tuple
+from typing import Callable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
+from .detectors import Detector
 from .exporters import need
 from .models import Deployable
 
@@ -55,12 +56,14 @@ class Row:
             magnitude.
         torch_ms (float): PyTorch's processor time of a call, in milliseconds; NaN where it was not timed.
         exported_ms (float): The file's.
+        detections (int, optional): How many were compared; None where the model is no detector.
     """
 
     shape: Tuple[int, ...]
     error: float
     torch_ms: float = float('nan')
     exported_ms: float = float('nan')
+    detections: Optional[int] = None
 
 
 def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
@@ -77,8 +80,44 @@ def difference(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     return worst
 
 
+def detection_difference(expected: Sequence, found: Sequence) -> float:
+    """Largest difference between what was detected in the same pictures.
+
+    Each detection is held against the nearest one of the same label that is not taken: two of the same score may have
+    changed places.
+
+    Args:
+        expected (Sequence[InstanceData]): One a picture.
+        found (Sequence[InstanceData]): One a picture, from :meth:`mmoverlock.deploy.detectors.Detector.unpack`.
+
+    Returns:
+        float: Of scores; of coordinates, in units of the largest one; of masks, the largest distance of a probability
+        to the threshold at a pixel that counts otherwise. Infinite where number or labels differ.
+    """
+    worst = 0.0
+    for a, b in zip(expected, found):
+        if len(a) != len(b) or not torch.equal(a.labels.sort().values, b.labels.sort().values):
+            return float('inf')
+        if not len(a):
+            continue
+        unit = max(1.0, float(a.bboxes.abs().max()))
+        apart = torch.cdist(a.bboxes.double(), b.bboxes.double(), p=float('inf')) / unit
+        apart = apart.maximum((a.scores[:, None] - b.scores).abs())
+        apart[a.labels[:, None] != b.labels] = float('inf')
+        for i in range(len(a)):
+            j = int(apart[i].argmin())
+            worst = max(worst, float(apart[i, j]))
+            if 'masks' in a:
+                wrong = b.mask_margins[j][a.masks[i] != b.masks[j]]
+                worst = max(worst, float(wrong.max()) if len(wrong) else 0.0)
+            apart[:, j] = float('inf')
+    return worst
+
+
 def compare(model: Deployable, run: Callable, images: Sequence[Tensor], repeats: int = 0) -> List[Row]:
     """Runs a model and its exported file on the same images.
+
+    A detector's file is held against mmdet's own ``predict``.
 
     Args:
         model (Deployable): What was exported.
@@ -97,10 +136,15 @@ def compare(model: Deployable, run: Callable, images: Sequence[Tensor], repeats:
         return 1e3 * (time.process_time() - start)
 
     rows = []
+    original = model.predict if isinstance(model, Detector) else model
     with torch.no_grad():
         for image in images:
-            error = difference(model(image), run(image))
-            turns = [(timed(model, image), timed(run, image)) for _ in range(repeats)]
+            if isinstance(model, Detector):
+                expected, found = original(image), model.unpack(run(image), image.shape[2:])
+                error, detections = detection_difference(expected, found), sum(map(len, expected))
+            else:
+                error, detections = difference(original(image), run(image)), None
+            turns = [(timed(original, image), timed(run, image)) for _ in range(repeats)]
             middle = [sorted(times)[repeats // 2] for times in zip(*turns)] or [float('nan')] * 2
-            rows.append(Row(tuple(image.shape), error, *middle))
+            rows.append(Row(tuple(image.shape), error, *middle, detections))
     return rows

@@ -13,10 +13,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.onnx import symbolic_helper
 
 from ..models import OverLoCK
 from ..models.blocks import ContMixer
 from ..ops.backends import ENV_VARIABLE
+from .detectors import Detector, nms_to_onnx
 from .models import Deployable
 
 #: Format to what it is, for people.
@@ -200,6 +202,7 @@ def export_onnx(
         with recording():
             onnx_program = torch.onnx.export(
                 program,
+                custom_translation_table=_translations(),
                 dynamo=True,
                 verbose=False,
                 opset_version=max(opset, 18),
@@ -209,7 +212,7 @@ def export_onnx(
             onnx_program.save(path)
     elif exporter == 'torchscript':
         axes = {'image': open_axes(dynamic)} if dynamic != 'none' else {}
-        with recording():
+        with recording(), _symbolics(opset):
             torch.onnx.export(
                 model,
                 (example(model, shape, dynamic),),
@@ -224,10 +227,57 @@ def export_onnx(
         raise ExportError(f"exporter must be 'auto', 'dynamo' or 'torchscript', got {exporter!r}")
     proto = onnx.load(path)
     _name_axes(proto, open_axes(dynamic))
+    if isinstance(model, Detector):  # the exporter loses these sizes at the suppression
+        for output, sizes in zip(proto.graph.output, model.output_shapes('batch' if dynamic != 'none' else 1)):
+            onnx_type = onnx.helper.make_tensor_type_proto(output.type.tensor_type.elem_type, sizes)
+            output.type.CopyFrom(onnx_type)
     onnx.helper.set_model_props(proto, {k: str(v) for k, v in (metadata or {}).items()})
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
     return exporter
+
+
+def _translations() -> dict:
+    """Our operators for the dynamo exporter."""
+    from onnxscript import opset18
+
+    def nms(boxes, scores, iou_threshold: float, limit: int):
+        return nms_to_onnx(opset18, boxes, scores, iou_threshold, limit)
+
+    return {torch.ops.mmoverlock.nms.default: nms}
+
+
+class _Nodes:
+    """Makes nodes of the earlier exporter's graph in the way of onnxscript: ``op.Gather(x, i, axis=1)``."""
+
+    _SUFFIXES = {int: 'i', float: 'f'}
+
+    def __init__(self, graph) -> None:
+        self.graph = graph
+
+    def Constant(self, **value):
+        return self.graph.op('Constant', value_t=torch.tensor(next(iter(value.values()))))
+
+    def __getattr__(self, name: str):
+        def make(*inputs, **attributes):
+            return self.graph.op(name, *inputs, **{f'{k}_{self._SUFFIXES[type(v)]}': v for k, v in attributes.items()})
+
+        return make
+
+
+@contextmanager
+def _symbolics(opset: int):
+    """Our operators, and torchvision's, for the earlier exporter."""
+
+    @symbolic_helper.parse_args('v', 'v', 'f', 'i')
+    def nms(graph, boxes, scores, iou_threshold, limit):
+        return nms_to_onnx(_Nodes(graph), boxes, scores, iou_threshold, limit).setType(scores.type())
+
+    torch.onnx.register_custom_op_symbolic('mmoverlock::nms', nms, opset)
+    try:
+        yield
+    finally:
+        torch.onnx.unregister_custom_op_symbolic('mmoverlock::nms', opset)
 
 
 def _name_axes(proto, axes: Dict[int, str]) -> None:
@@ -277,6 +327,8 @@ def export(
             # Traced, not compiled from the source. Tracing keeps sizes open in any case.
             torch.jit.save(torch.jit.trace(model, (example(model, shape, dynamic),), check_trace=False), path)
         return 'torch.jit.trace'
+    if isinstance(model, Detector):
+        raise ExportError('detectors go to onnx and torchscript: their suppression is an operator of this package')
     program = export_program(model, shape, dynamic)
     if format == 'export':
         torch.export.save(program, path)

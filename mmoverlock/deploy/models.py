@@ -75,8 +75,9 @@ def deployable(model: nn.Module, backbone_only: bool = False, normalize: bool = 
     """A copy of a model as a function of images.
 
     Args:
-        model (nn.Module): An :class:`mmoverlock.OverLoCK`, a classifier of mmpretrain, an encoder-decoder of mmseg, or
-            any module from an image to a tensor or a tuple of tensors. It stays as it is.
+        model (nn.Module): An :class:`mmoverlock.OverLoCK`, a classifier of mmpretrain, an encoder-decoder of mmseg, a
+            RetinaNet or R-CNN of mmdet, or any module from an image to a tensor or a tuple of tensors. It stays as it
+            is.
         backbone_only (bool): Take the model's backbone alone. Defaults to False.
         normalize (bool): Put the normalisation of the model's data preprocessor in front. Defaults to False.
 
@@ -84,7 +85,7 @@ def deployable(model: nn.Module, backbone_only: bool = False, normalize: bool = 
         Deployable: With merged kernels, in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: The model has no backbone or no normalisation, or it is a detector, of which only the backbone goes.
+        ValueError: The model has no backbone or no normalisation, or a part that is not known here.
     """
     whole = model
     if backbone_only and not isinstance(model, OverLoCK):
@@ -106,10 +107,9 @@ def deployable(model: nn.Module, backbone_only: bool = False, normalize: bool = 
             raise ValueError('segmentors with a cascade of decode heads cannot be exported')
         return Segmentor(model, ['logits'], values)
     if hasattr(model, 'bbox_head') or hasattr(model, 'roi_head'):
-        raise ValueError(
-            f'{type(model).__name__} cannot be exported whole: its boxes are found by code outside the network; '
-            'export its backbone (backbone_only=True)'
-        )
+        from .detectors import Detector
+
+        return Detector(model, values)
     if hasattr(model, 'head') and hasattr(model, 'extract_feat'):
         return Classifier(model, ['logits'], values)
     return Deployable(model, ['output'], values)

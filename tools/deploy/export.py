@@ -1,13 +1,15 @@
 """Export a model and hold the file against PyTorch: ``export.py CONFIG CHECKPOINT FILE.onnx``.
 
-Whole: classifiers and segmentors. Of detectors, the backbone (``--backbone``). A variant's name (xt, t, s, b) in place
-of CONFIG takes the backbone that ``--task`` says, without any OpenMMLab package but mmengine.
+Whole: classifiers, segmentors, and detectors with their non-maximum suppression (RetinaNet, Faster, Mask and Cascade
+R-CNN); ``--backbone`` takes the backbone alone. A variant's name (xt, t, s, b) in place of CONFIG takes the backbone
+that ``--task`` says, without any OpenMMLab package but mmengine.
 
 The file is run at three sizes beside PyTorch; a difference above 1e-4 (of 1, or of the largest value of an output where
 that is more) is an error, and no file is left behind.
 """
 
 import argparse
+import glob
 import importlib.util
 import math
 import os.path as osp
@@ -24,6 +26,7 @@ from mmoverlock.deploy.exporters import DYNAMIC, example  # noqa: E402
 
 VARIANTS = ('xt', 't', 's', 'b', 'xtiny', 'tiny', 'small', 'base')
 TOLERANCE = 1e-4
+PICTURES = ('jpg', 'jpeg', 'png', 'bmp')
 
 
 def parse_args(argv=None):
@@ -54,6 +57,7 @@ def parse_args(argv=None):
         'one, minutes faster with --dynamic all',
     )
     parser.add_argument('--time', type=int, default=0, metavar='N', help='time N calls of both, on one thread')
+    parser.add_argument('--images', nargs='+', metavar='PICTURE', help='files or folders to check with; default: noise')
     parser.add_argument('--no-check', action='store_true', help='do not run the file')
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='change settings of the config'
@@ -113,7 +117,37 @@ def sizes(model, shape, dynamic: str):
     return [(height, width), (least, max(least, width - 17)), (height + 13, width + 64)]
 
 
-def check(model, args, path, shape) -> list:
+def find_pictures(places) -> list:
+    """Files, and what is in folders.
+
+    Raises:
+        mmoverlock.cli.UserError: There is none.
+    """
+    found = []
+    for place in places:
+        inside = sorted(
+            file for end in ('jpg', 'jpeg', 'png', 'bmp') for file in glob.glob(osp.join(place, f'*.{end}'))
+        )
+        if not osp.isfile(place) and not inside:
+            raise cli.UserError(f'--images: {place} is neither a picture nor a folder with jpg, png or bmp files')
+        found += inside or [place]
+    return found
+
+
+def read_pictures(files, size, statistics) -> torch.Tensor:
+    """Pictures as one batch of a size, (B, 3, H, W): normalised, or RGB from 0 to 255 where statistics is None."""
+    import numpy as np
+    from PIL import Image
+
+    pictures = [np.asarray(Image.open(file).convert('RGB').resize((size[1], size[0]))) for file in files]
+    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    if statistics is None:
+        return batch.contiguous()
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in statistics)
+    return ((batch - mean) / std).contiguous()
+
+
+def check(model, args, path, shape, statistics=None) -> list:
     """Run the file beside PyTorch and print what comes out.
 
     Raises:
@@ -122,14 +156,27 @@ def check(model, args, path, shape) -> list:
     torch.set_num_threads(1)
     batches = [1, 3, 2] if args.dynamic != 'none' else [1]
     images = []
+    files = find_pictures(args.images) if args.images else None
     for i, size in enumerate(sizes(model, shape, args.dynamic)):
-        image = example(model, size, 'all', seed=i + 1)
-        images.append(torch.cat([image, image.flip(3)])[: batches[i]])
+        if files:
+            some = [files[(sum(batches[:i]) + k) % len(files)] for k in range(batches[i])]
+            images.append(read_pictures(some, size, None if model.normalizes else statistics))
+        else:
+            image = example(model, size, 'all', seed=i + 1)
+            images.append(torch.cat([image, image.flip(3)])[: batches[i]])
     rows = deploy.compare(model, deploy.load(path, args.format), images, args.time)
-    print(f'{"image":>18} {"difference":>11}' + f' {"PyTorch":>10} {args.format:>10}' * bool(args.time))
+    detector = rows[0].detections is not None
+    head = f' {"detections":>10}' * detector + f' {"PyTorch":>10} {args.format:>10}' * bool(args.time)
+    print(f'{"image":>18} {"difference":>11}{head}')
     for row in rows:
-        times = f' {row.torch_ms:7.0f} ms {row.exported_ms:7.0f} ms' * bool(args.time)
-        print(f'{"x".join(map(str, row.shape)):>18} {row.error:>11.1e}{times}')
+        tail = f' {row.detections:>10}' if detector else ''
+        tail += f' {row.torch_ms:7.0f} ms {row.exported_ms:7.0f} ms' * bool(args.time)
+        print(f'{"x".join(map(str, row.shape)):>18} {row.error:>11.1e}{tail}')
+    if detector and not sum(row.detections for row in rows):
+        cli.warn(
+            'nothing was detected, so nothing was compared: give pictures (--images), or lower the threshold '
+            '(--cfg-options model.test_cfg.rcnn.score_thr=0.01, RetinaNet: model.test_cfg.score_thr=0.01)'
+        )
     worst = max(row.error for row in rows)
     if not worst <= TOLERANCE or math.isnan(worst):
         raise cli.UserError(f'{args.out}: differs from PyTorch by {worst:.1e}, more than {TOLERANCE:.0e}; not kept')
@@ -145,17 +192,19 @@ def main(argv=None):
             model = deploy.deployable(whole, args.backbone, args.normalize)
             default = 224 if isinstance(model, deploy.models.Classifier) else 512
             shape = (args.shape or [default]) * 2 if len(args.shape or [0]) == 1 else args.shape
+            statistics = deploy.models.statistics(whole)
+            if args.images and not statistics:
+                raise cli.UserError('--images needs the mean and std of a config; leave it out for a bare variant')
             options = {}
             if args.format == 'onnx':
                 metadata = dict(mmoverlock=__version__, input='RGB 0-255' if args.normalize else 'normalised')
-                statistics = deploy.models.statistics(whole)
                 if statistics and not args.normalize:
                     metadata.update(zip(('mean', 'std'), statistics))
                 options = dict(opset=args.opset, exporter=args.exporter, metadata=metadata)
             with cli.replacing(args.out) as partial:
                 how = deploy.export(model, partial, args.format, tuple(shape), args.dynamic, **options)
                 print(f'{args.format} by {how}; outputs: {", ".join(model.output_names)}')
-                rows = None if args.no_check else check(model, args, partial, shape)
+                rows = None if args.no_check else check(model, args, partial, shape, statistics)
         except (deploy.ExportError, ValueError) as error:
             raise cli.UserError(str(error)) from error
     print(f'{osp.getsize(args.out) / 2**20:.1f} MiB written to {args.out}')
