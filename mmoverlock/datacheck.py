@@ -15,6 +15,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+# Up to so many classes are counted one by one in a report.
+MANY = 30
+
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif')
 
 # Data sets that fetch their own files when the folder is empty.
@@ -87,12 +90,66 @@ def _spread(items: Sequence, n: int) -> list:
     return list(items[::step][:n])
 
 
+def config_of(target: str) -> str:
+    """The config of a folder that ``tools/data/convert.py`` wrote; a path that is no folder is a config itself.
+
+    Args:
+        target (str): Folder or config.
+
+    Returns:
+        str: Path of the config.
+
+    Raises:
+        UserError: If the folder has no config of such a conversion.
+    """
+    from .cli import UserError
+
+    if not osp.isdir(target):
+        return target
+    record = osp.join(target, 'dataset.json')
+    if not osp.isfile(record):
+        raise UserError(f'{target} was not written by tools/data/convert.py (no dataset.json): give a config')
+    with open(record, encoding='utf-8') as file:
+        config = json.load(file)['config']
+    return config if osp.isfile(config) else osp.join(target, config)
+
+
 def _open_image(path: str):
+    """A decoded picture, upright as the pipelines read it."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        image.load()
+        return ImageOps.exif_transpose(image) or image
+
+
+def _open_map(path: str):
+    """A decoded label map, as stored: the pipelines do not turn it."""
     from PIL import Image
 
     with Image.open(path) as image:
         image.load()
         return image
+
+
+def _shares(counts: Counter, total: int, names: Sequence[str], n: int = 30) -> str:
+    shown = ', '.join(f'{name} {counts[name] / total:.1%}' for name in names[:n])
+    return shown + (', …' if len(names) > n else '')
+
+
+def _per_class(counts: Counter, names: Sequence[str], n: int = 30) -> str:
+    shown = ', '.join(f'{name} {counts[name]}' for name in names[:n])
+    return shown + (', …' if len(names) > n else '')
+
+
+def _sizes(sizes: Sequence[Tuple[int, int]]) -> str:
+    """The usual size, and the range where there are others."""
+    (width, height), number = Counter(sizes).most_common(1)[0]
+    text = f'{width}x{height}'
+    if number < len(sizes):
+        low, high = [min(s[i] for s in sizes) for i in (0, 1)], [max(s[i] for s in sizes) for i in (0, 1)]
+        text = f'most often {text}, sides {low[0]}-{high[0]} x {low[1]}-{high[1]}'
+    return text
 
 
 def _few(items: Sequence, n: int = 5) -> str:
@@ -150,6 +207,10 @@ class Split:
     def _inspect(self, samples: int) -> Iterator[Tuple[str, str]]:
         yield 'warning', f'of a kind not known here; only saw that {self.root} exists'
 
+    def paths(self) -> set:
+        """The paths of all images, where listing them costs little."""
+        return set()
+
     def _count(self, number: int, what: str) -> Tuple[str, str]:
         if not number:
             return 'problem', f'no {what}'
@@ -203,6 +264,8 @@ class FolderSplit(Split):
             yield 'problem', f'no image in {_few(empty)}'
         paths = [osp.join(folder, n, f) for n in names for f in counts[n]]
         yield self._count(len(paths), f'images in {folder}')
+        if paths and len(names) <= MANY:
+            yield 'ok', f'images: {_per_class(Counter({n: len(f) for n, f in counts.items()}), names)}'
         yield from self._decode(_spread(paths, samples))
 
     def _inspect_list(self, samples):
@@ -236,6 +299,10 @@ class CocoSplit(Split):
 
     layout = LAYOUTS['coco']
 
+    def paths(self):
+        with open(self.annotations, encoding='utf-8') as file:
+            return {osp.normpath(osp.join(self.images or self.root, i['file_name'])) for i in json.load(file)['images']}
+
     def _missing_parts(self):
         absent = _absent(self.annotations, 'annotation file', osp.isfile)
         if not absent and self.annotations and not is_remote(self.annotations):
@@ -263,6 +330,7 @@ class CocoSplit(Split):
             )
         else:
             yield 'ok', f'{len(names)} categories'
+        yield from self._inspect_boxes(data)
 
         known = {i['id'] for i in images}
         orphans = [a['id'] for a in annotations if a['image_id'] not in known]
@@ -277,6 +345,8 @@ class CocoSplit(Split):
                 yield 'problem', (f'instances without a mask: {_few(bare)}; the config loads masks (with_mask=True)')
 
         folder = self.images or self.root
+        if images:
+            yield 'ok', f'sizes: {_sizes([(i["width"], i["height"]) for i in images])}'
         present = set(list_files(folder, IMAGE_SUFFIXES))
         absent = [i['file_name'] for i in images if osp.normpath(i['file_name']) not in present]
         if absent:
@@ -297,6 +367,34 @@ class CocoSplit(Split):
                     ),
                 )
 
+    def _inspect_boxes(self, data: dict):
+        """Boxes that cannot be trained on, instances of each class, and images that show none."""
+        sizes = {i['id']: (i['width'], i['height']) for i in data['images']}
+        names = {c['id']: c['name'] for c in data['categories']}
+        counts, flat, out, shown = Counter(), [], [], set()
+        for item in data['annotations']:
+            counts[names.get(item.get('category_id'))] += 1
+            shown.add(item.get('image_id'))
+            x, y, w, h = item['bbox']
+            width, height = sizes.get(item.get('image_id'), (float('inf'), float('inf')))
+            if not (w > 0 and h > 0):  # NaN too
+                flat.append(item['id'])
+            elif x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
+                out.append(item['id'])
+        if flat:
+            yield 'problem', f'instances with a box of no area: {_few(flat)}'
+        if out:
+            yield 'problem', f'instances that reach out of their image: {_few(out)}'
+        used = [n for n in names.values() if self.classes is None or n in self.classes]
+        if counts and len(used) <= MANY:
+            yield 'ok', f'instances: {_per_class(counts, used)}'
+        unseen = [n for n in used if not counts[n]]
+        if counts and unseen:
+            yield 'warning', f'no instance of {_few(unseen)}'
+        empty = len(sizes) - len(shown & set(sizes))
+        if empty and counts:
+            yield 'warning', f'{empty} images without an instance (training leaves them out, unless told otherwise)'
+
 
 @dataclass
 class MaskSplit(Split):
@@ -316,6 +414,10 @@ class MaskSplit(Split):
     list_file: Optional[str] = None
 
     layout = LAYOUTS['masks']
+
+    def paths(self):
+        folder = self.images or self.root
+        return set() if self.list_file else {osp.join(folder, n) for n in self._names(folder, self.image_suffix)}
 
     def _missing_parts(self):
         missing = _absent(self.images or self.root, 'image folder', osp.isdir)
@@ -357,11 +459,11 @@ class MaskSplit(Split):
     def _inspect_masks(self, names):
         import numpy as np
 
-        folder, found, bad = self.images or self.root, set(), []
+        folder, bad, pixels, sizes = self.images or self.root, [], Counter(), []
         for name in names:
             try:
                 image = _open_image(osp.join(folder, name + self.image_suffix))
-                mask = _open_image(osp.join(self.annotations, name + self.mask_suffix))
+                mask = _open_map(osp.join(self.annotations, name + self.mask_suffix))
             except (OSError, SyntaxError, ValueError) as error:
                 bad.append(f'{name} ({error})')
                 continue
@@ -370,10 +472,12 @@ class MaskSplit(Split):
             elif mask.size != image.size:
                 bad.append(f'{name} (map {mask.size}, image {image.size})')
             else:
-                found |= set(np.unique(np.asarray(mask)).tolist())
+                values, counts = np.unique(np.asarray(mask), return_counts=True)
+                pixels.update(dict(zip(values.tolist(), counts.tolist())))
+                sizes.append(image.size)
         if bad:
             yield 'problem', f'bad label maps: {_few(bad)}'
-        labels = found - {255} - ({0} if self.reduce_zero_label else set())
+        labels = set(pixels) - {255} - ({0} if self.reduce_zero_label else set())
         first = 1 if self.reduce_zero_label else 0
         if self.classes is not None:
             over = sorted(v for v in labels if v >= len(self.classes) + first)
@@ -383,6 +487,15 @@ class MaskSplit(Split):
             yield 'problem', 'the sampled label maps hold nothing but "ignore"'
         elif labels:
             yield 'ok', f'labels {min(labels)} to {max(labels)} in {len(names)} maps'
+            yield 'ok', f'sizes: {_sizes(sizes)}'
+        if labels and self.classes is not None and len(self.classes) <= MANY:
+            shares = Counter({self.classes[v - first]: pixels[v] for v in labels if v < len(self.classes) + first})
+            ignored = 1 - sum(shares.values()) / sum(pixels.values())
+            text = _shares(shares, sum(pixels.values()), self.classes)
+            yield 'ok', f'pixels in {len(names)} maps: {text}; ignored {ignored:.1%}'
+            unseen = [c for c in self.classes if not shares[c]]
+            if unseen:
+                yield 'warning', f'no pixel of {_few(unseen)} in {len(names)} maps (--samples looks at more)'
 
 
 def published(kind: str, root: Optional[str] = None) -> List[Split]:
@@ -432,6 +545,30 @@ def published(kind: str, root: Optional[str] = None) -> List[Split]:
             for name, number in (('training', 20210), ('validation', 2000))
         ]
     raise ValueError(f'kind must be one of {", ".join(DEFAULT_ROOTS)}, got {kind!r}')
+
+
+def shared(splits: Sequence[Split]) -> List[Finding]:
+    """Images that two splits of COCO or ADE20K form share: results on them flatter.
+
+    Args:
+        splits (Sequence[Split]): Of one config.
+
+    Returns:
+        list[Finding]: One warning a pair of splits.
+    """
+    found, seen = [], []
+    for split in splits:
+        try:
+            paths = split.paths()
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # told by inspect()
+        for name, others in seen:
+            if both := sorted(paths & others):
+                found.append(
+                    Finding('warning', f'{len(both)} images are in both {name} and {split.name}: {_few(both, 3)}')
+                )
+        seen.append((split.name, paths))
+    return found
 
 
 def from_config(cfg, loaders: Sequence[str] = ('train', 'val', 'test')) -> List[Split]:
