@@ -7,12 +7,13 @@ compiled or merged; it stays as it is. ``tools/analysis/visualize_*.py`` draw wh
 
 from .contmix import ContMixKernels, contmix_blocks, contmix_kernels
 from .curves import read_curves, smooth
-from .gradients import contribution_area, effective_receptive_field, grad_cam
-from .inputs import find_backbone, normalize
+from .gradients import class_scores, contribution_area, effective_receptive_field, grad_cam
+from .inputs import find_backbone, normalize, resized
 from .maps import feature_maps, overlay, overview_map
 
 __all__ = [
     'ContMixKernels',
+    'class_scores',
     'contmix_blocks',
     'contmix_kernels',
     'contribution_area',
@@ -24,5 +25,6 @@ __all__ = [
     'overlay',
     'overview_map',
     'read_curves',
+    'resized',
     'smooth',
 ]

@@ -111,6 +111,21 @@ def contmix_blocks(model: nn.Module) -> Dict[str, nn.Module]:
     return blocks
 
 
+def block_name(model: nn.Module, block: Union[int, str]) -> str:
+    """The name of a block given by number or name.
+
+    Raises:
+        ValueError: There is no such block.
+    """
+    blocks = contmix_blocks(model)
+    if isinstance(block, int) and not -len(blocks) <= block < len(blocks):
+        raise ValueError(f'there are {len(blocks)} blocks with ContMix, no number {block}')
+    name = list(blocks)[block] if isinstance(block, int) else block
+    if name not in blocks:
+        raise ValueError(f'no block {name!r} with ContMix; there are {", ".join(blocks)}')
+    return name
+
+
 def _root(model: nn.Module) -> nn.Module:
     """What to run: the one backbone, or for ContMix blocks in another network the model itself."""
     found = [m for m in model.modules() if isinstance(m, OverLoCK)]
@@ -143,16 +158,8 @@ def contmix_kernels(
     x, y = position
     if not (0 <= x < width and 0 <= y < height):
         raise ValueError(f'position {x}, {y} is outside the picture of {width} x {height}')
-    blocks = contmix_blocks(model)
-    name = block
-    if isinstance(block, int):
-        if not -len(blocks) <= block < len(blocks):
-            raise ValueError(f'there are {len(blocks)} blocks with ContMix, no number {block}')
-        name = list(blocks)[block]
-    if name not in blocks:
-        raise ValueError(f'no block {name!r} with ContMix; there are {", ".join(blocks)}')
-
-    root, mixer, seen = _root(model), blocks[name].mixer, []
+    name = block_name(model, block)
+    root, mixer, seen = _root(model), contmix_blocks(model)[name].mixer, []
     handle = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     try:
         with inspecting(root):

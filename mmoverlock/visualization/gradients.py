@@ -30,16 +30,32 @@ def _tensors(output) -> Tuple[Tensor, ...]:
     return output if isinstance(output, tuple) else (output,)
 
 
-def classify(model: nn.Module, image: Tensor) -> Tensor:
-    """Scores before the softmax, (1, classes), of a classifier of mmpretrain, timm or plain PyTorch.
+def _logits(model: nn.Module, image: Tensor) -> Tensor:
+    """Scores before the softmax, (1, classes), of a classifier of mmpretrain, timm or plain PyTorch."""
+    mm = hasattr(model, 'data_preprocessor')
+    logits = None if mm and not hasattr(model, 'head') else model(image, mode='tensor') if mm else model(image)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        raise ValueError(f'{type(model).__name__} is no classifier, which has scores of the shape (batch, classes)')
+    return logits
+
+
+@torch.no_grad()
+def class_scores(model: nn.Module, image: Tensor) -> np.ndarray:
+    """What a classifier says of a picture.
+
+    Args:
+        model (nn.Module): A classifier of mmpretrain, timm or plain PyTorch.
+        image (Tensor): One normalised image, (1, 3, H, W).
+
+    Returns:
+        np.ndarray: (classes,) float32, the probabilities that its softmax gives.
 
     Raises:
         ValueError: The model is no classifier.
     """
-    scores = model(image, mode='tensor') if hasattr(model, 'data_preprocessor') else model(image)
-    if not isinstance(scores, Tensor) or scores.dim() != 2:
-        raise ValueError(f'{type(model).__name__} is no classifier: Grad-CAM needs scores (batch, classes)')
-    return scores
+    check_image(image)
+    with inspecting(model):
+        return _logits(model, like_weights(model, image))[0].float().softmax(0).cpu().numpy()
 
 
 def grad_cam(model: nn.Module, image: Tensor, target: Optional[int] = None, layer: str = 'focus4') -> np.ndarray:
@@ -65,7 +81,7 @@ def grad_cam(model: nn.Module, image: Tensor, target: Optional[int] = None, laye
     module = layer_of(model, layer)
     image = like_weights(model, image).detach().requires_grad_()  # or a frozen model would have no gradient
     with inspecting(model), outputs_of(dict(layer=module)) as outputs, torch.enable_grad():
-        scores = classify(model, image)[0]
+        scores = _logits(model, image)[0]
         target = int(scores.argmax()) if target is None else target
         if not 0 <= target < len(scores):
             raise ValueError(f'class {target} is not among the {len(scores)} of this classifier')
@@ -88,7 +104,8 @@ def effective_receptive_field(
     Args:
         model (nn.Module): With an OverLoCK inside; any network if ``layer`` is None.
         images (Iterable[Tensor]): Normalised images (1, 3, H, W) of one size.
-        layer (str, optional): Name in the backbone; None for the model's own output, a map. Defaults to ``'focus4'``.
+        layer (str, optional): Name in the backbone; None for the model's own output, a map (of
+            several, the last). Defaults to ``'focus4'``.
 
     Returns:
         np.ndarray: (H, W) float64, not scaled.
@@ -106,7 +123,7 @@ def effective_receptive_field(
         image = like_weights(root, image).detach().requires_grad_()
         with inspecting(root), outputs_of(modules) as outputs, torch.enable_grad():
             out = root(image)
-            maps = _tensors(outputs['layer'] if modules else out)
+            maps = _tensors(outputs['layer']) if modules else _tensors(out)[-1:]
             centre = sum(m[:, :, m.shape[2] // 2, m.shape[3] // 2].relu().sum() for m in maps)
             (grad,) = torch.autograd.grad(centre, image)
         scores = grad[0].double().relu().sum(0)

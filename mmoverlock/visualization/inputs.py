@@ -129,6 +129,19 @@ def to_picture(values: Tensor, size, mode: str = 'bilinear') -> np.ndarray:
     )
 
 
+def resized(values: Tensor, size) -> np.ndarray:
+    """A map as a heat map over a picture.
+
+    Args:
+        values (Tensor): (h, w).
+        size (tuple[int, int]): Height and width of the picture.
+
+    Returns:
+        np.ndarray: (H, W) float32, resized bilinearly; 0 is the least and 1 the greatest value.
+    """
+    return unit_range(to_picture(values, size))
+
+
 def unit_range(values: np.ndarray) -> np.ndarray:
     """Least value to 0, greatest to 1; zeros where all are the same."""
     values = values - values.min()

@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import check_image, find_backbone, inspecting, like_weights, outputs_of, to_picture, unit_range
+from .inputs import check_image, find_backbone, inspecting, like_weights, outputs_of, resized
 
 #: In the order of the forward pass: Base-Net, Overview-Net, Focus-Net.
 STAGES = ('stage1', 'stage2', 'stage3', 'stage4', 'focus3', 'focus4')
@@ -67,7 +67,7 @@ def overview_map(model: nn.Module, image: Tensor, target: Optional[int] = None) 
         with inspecting(head):
             normed = head.aux_bn(like_weights(head, overview[None])).float().cpu()
         values = F.conv2d(normed, weight, bias)[0, target]
-    return unit_range(to_picture(values, image.shape[2:]))
+    return resized(values, image.shape[2:])
 
 
 def overlay(image: np.ndarray, heatmap: np.ndarray, alpha: float = 0.5, colormap: str = 'jet') -> np.ndarray:
