@@ -213,9 +213,19 @@ class FiniteEMA(ExponentialMovingAverage):
         interval (int): Steps between two updates. Defaults to 1.
         device (torch.device, optional): Where the average is kept. Defaults to None: beside the model.
         update_buffers (bool): Average floating-point buffers too, instead of copying them. Defaults to False.
+
+    Raises:
+        ValueError: The model's parameters are sharded (FSDP).
     """
 
     passed_over = 0
+
+    def __init__(self, model: nn.Module, *args, **kwargs) -> None:
+        if any(hasattr(module, '_fsdp_wrapped_module') for module in model.modules()):
+            raise ValueError(
+                'an average of weights needs whole parameters: with FSDP leave EMAHook out of custom_hooks'
+            )
+        super().__init__(model, *args, **kwargs)
 
     def update_parameters(self, model: nn.Module) -> None:
         """Takes the model's values into the average; if one of them is not finite, none.
