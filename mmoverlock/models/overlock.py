@@ -483,8 +483,9 @@ def _statistics_kept(module: nn.Module):
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     saved = [(m.momentum, m.num_batches_tracked) for m in norms]
     for norm in norms:
-        # The same operation with the same saved tensors, which recomputation demands, and an update of weight zero.
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        # The same operation with the same saved tensors, which recomputation demands, and an update of weight zero. The
+        # counter is a copy: SyncBatchNorm does not work without one.
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
     try:
         yield
     finally:
