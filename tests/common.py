@@ -26,8 +26,8 @@ TINY = dict(
 
 def randomise(module, seed=0):
     """Draws every parameter and statistic anew, so that no zero or one hides a mistake."""
-    official = fill.fill(module.state_dict())
-    module.load_state_dict({k: v.to(module.state_dict()[k].dtype) for k, v in official.items()})
+    state = module.state_dict()
+    module.load_state_dict({k: v.to(state[k].dtype) for k, v in fill.fill(state).items()})
     return module
 
 
