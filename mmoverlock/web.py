@@ -105,7 +105,7 @@ class Viewer:
         Args:
             name (str): The model.
             path (str): The picture.
-            position (tuple[int, int]): x and y in what :meth:`seen` gives.
+            position (tuple[int, int]): x and y in what :meth:`seen` gives; from outside, the nearest in it.
             block (str): One of :meth:`blocks`.
             head (str): ``'mean'`` or a number.
 
@@ -117,10 +117,11 @@ class Viewer:
         from .visualization import contmix_kernels, normalize, overlay
 
         picture, model = self.seen(name, path), self.models[name].model
-        kernels = contmix_kernels(model, normalize(model, picture), position, block)
+        x, y = (min(max(value, 0), size - 1) for value, size in zip(position, picture.shape[1::-1]))
+        kernels = contmix_kernels(model, normalize(model, picture), (x, y), block)
         # Another block may have fewer heads.
         head = int(head) if head.isdigit() and int(head) < kernels.heads else None
-        drawn, (x, y), radius = [], position, max(3, min(picture.shape[:2]) // 40)
+        drawn, radius = [], max(3, min(picture.shape[:2]) // 40)
         for window in ('small', 'large'):
             image = Image.fromarray(overlay(picture, kernels.heatmap(window, head)))
             pen = ImageDraw.Draw(image)
@@ -190,13 +191,18 @@ def build(inferencers: Sequence[Inferencer]):
 
     # Models are not made for two calls at once.
     one = dict(concurrency_id='models', concurrency_limit=1)
-    picture_only = dict(interactive=False, format='png', type='numpy')
+    size = dict(height=320)
+    # Without gradio's button that sends a picture to Hugging Face.
+    picture_only = dict(interactive=False, format='png', buttons=['download', 'fullscreen'], **size)
     first_blocks = viewer.blocks(names[0])
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    # Pictures that were dropped are deleted after an hour, and when the server ends.
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f'# {TITLE}\n{HELP}')
         model = gr.Radio(names, value=names[0], label='Model', visible=len(names) > 1)
         with gr.Row():
-            picture = gr.Image(label='Picture', type='filepath', sources=['upload', 'clipboard'], elem_id='picture')
+            picture = gr.Image(
+                label='Picture', type='filepath', sources=['upload', 'clipboard'], elem_id='picture', **size
+            )
             # The file as it came: whether it is a picture is for the inferencer to say, in words for people.
             picture.preprocess = lambda payload: payload.path if payload else None
             drawn = gr.Image(label='Found', elem_id='found', **picture_only)
@@ -254,6 +260,8 @@ def launch(inferencers: Sequence[Inferencer], host: str = '127.0.0.1', port: int
             theme=gr.themes.Default(**FONTS),
             max_file_size='50mb',
             enable_monitoring=False,
+            run_history=False,
+            footer_links=[],
         )
     except OSError as error:
         raise UserError(f'cannot listen at {host}{f":{port}" if port else ""} ({error})') from error

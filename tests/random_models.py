@@ -36,8 +36,8 @@ def random_model(folder, task, meta=None):
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
-    if task == 'cls':
-        randomise(model)  # as it starts, every picture would get the same scores
+    # As it starts, a backbone looks everywhere alike, and every picture gets the same scores.
+    randomise(model if task == 'cls' else model.backbone)
     if meta is None:
         meta = dict(dataset_meta=dict(classes=('cat', 'dog'))) if task == 'cls' else {}
     checkpoint = folder / f'{task}.pth'
