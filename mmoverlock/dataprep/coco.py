@@ -84,13 +84,15 @@ def _read_file(file: Path, pictures: Pictures, classes: Classes, problems, liste
         sample = samples[item['image_id']]
         if sample is None:
             continue
-        if item.get('category_id') not in names:
+        before = len(problems.found)
+        if item.get('category_id') in names:
+            label = classes.take(names[item['category_id']], where)
+            instance = label and _instance(item, label, sample.picture.labelled_size, where, problems)
+            if instance:
+                sample.instances.append(instance)
+        else:
             problems.add(where, f'is of category {item.get("category_id")}, which is not listed: correct it')
-            continue
-        label = classes.take(names[item['category_id']], where)
-        instance = label and _instance(item, label, sample.picture.labelled_size, where, problems)
-        if instance:
-            sample.instances.append(instance)
+        sample.damaged |= len(problems.found) > before
     return [s for s in samples.values() if s is not None]
 
 

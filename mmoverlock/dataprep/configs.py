@@ -78,20 +78,22 @@ class Length:
     steps: int
 
 
-def length_of(task: str, pictures: int) -> Length:
+def length_of(task: str, pictures: int, epochs: Optional[int] = None) -> Length:
     """Batch, epochs and steps for a number of training pictures.
 
     Args:
         task (str): 'detection', 'segmentation' or 'classification'.
         pictures (int): Number of training pictures.
+        epochs (int, optional): How often each is seen. Defaults to what suits their number.
 
     Returns:
         Length: The plan.
     """
     batch = min(BATCH[task], max(pictures, 1))
-    low, high = EPOCHS[task]
-    epochs = min(max(round(PICTURES_SEEN[task] / pictures), low), high)
-    epochs = max(epochs, -(-MIN_STEPS * batch // pictures))
+    if epochs is None:
+        low, high = EPOCHS[task]
+        epochs = min(max(round(PICTURES_SEEN[task] / pictures), low), high)
+        epochs = max(epochs, -(-MIN_STEPS * batch // pictures))
     return Length(batch, epochs, max(1, epochs * pictures // batch))
 
 
@@ -107,10 +109,18 @@ def palette_of(number: int) -> List[Tuple[int, int, int]]:
     ]
 
 
-def usual_size(sizes: List[Tuple[int, int]]) -> Tuple[int, int]:
-    """Longer and shorter side of most pictures, no more than the published test size."""
+def shown_size(sizes: List[Tuple[int, int]], side: Optional[int] = None) -> Tuple[int, int]:
+    """Longer and shorter side to show pictures at: those of most of them, or ``side`` and its part.
+
+    Args:
+        sizes (list[tuple[int, int]]): Width and height of every picture.
+        side (int, optional): The longer side. Defaults to most pictures' own, but no more than the published test size.
+
+    Returns:
+        tuple[int, int]: Pixels.
+    """
     long, short = Counter((max(s), min(s)) for s in sizes).most_common(1)[0][0]
-    factor = min(1, LARGEST[0] / long, LARGEST[1] / short)
+    factor = side / long if side else min(1, LARGEST[0] / long, LARGEST[1] / short)
     return max(32, round(long * factor)), max(32, round(short * factor))
 
 
@@ -131,13 +141,13 @@ def text_of(dataset: DataSet, options, path: Path) -> str:
 
     Args:
         dataset (DataSet): What to train on.
-        options (Options): ``arch``, ``detector`` and ``pretrained``.
+        options (Options): ``arch``, ``detector``, ``pretrained``, ``side`` and ``epochs``.
         path (Path): Where the file will be: its base config is named relative to that.
 
     Returns:
         str: Python.
     """
-    plan = length_of(dataset.task, dataset.counts['train'])
+    plan = length_of(dataset.task, dataset.counts['train'], options.epochs)
     body = dict(detection=_detection, segmentation=_segmentation, classification=_classification)[dataset.task]
     base = dict(
         detection=f'detection/{_detector(dataset, options)}_overlock-{options.arch}_fpn_1x_coco.py',
@@ -192,7 +202,7 @@ model = dict(
     {heads},
 )
 
-scale = {usual_size(dataset.sizes)}  # most pictures' own size
+scale = {shown_size(dataset.sizes, options.side)}  # longer and shorter side
 train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline
 train_pipeline[2] = dict(type='RandomResize', scale=scale, ratio_range=(0.75, 1.25), keep_ratio=True)
 test_pipeline[1]['scale'] = scale
@@ -244,7 +254,7 @@ auto_scale_lr = dict(base_batch_size={plan.batch})
 
 def _segmentation(dataset: DataSet, options, plan: Length) -> str:
     number = len(dataset.classes)
-    long, short = usual_size(dataset.sizes)
+    long, short = shown_size(dataset.sizes, options.side)
     side = max(32, min(512, short // 32 * 32))
     interval = max(1, plan.steps // 10)
     return f"""\
@@ -258,7 +268,7 @@ model = dict(
     auxiliary_head=dict(num_classes={number}, norm_cfg=norm_cfg),
 )
 
-scale = ({long}, {short})  # most pictures' own size
+scale = ({long}, {short})  # longer and shorter side
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
@@ -326,6 +336,7 @@ def _classification(dataset: DataSet, options, plan: Length) -> str:
     number = len(dataset.classes)
     interval = max(1, plan.epochs // 10)
     warmup = max(1, plan.epochs // 10)
+    size = options.side or 224
     return f"""\
 data_preprocessor = dict(num_classes={number})
 model = dict(
@@ -334,21 +345,33 @@ model = dict(
     train_cfg=None,  # mixing pictures pays off over hundreds of epochs
 )
 
+size = {size}  # width and height
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='RandomResizedCrop', scale=size, crop_ratio_range=(0.3, 1.0), backend='pillow', interpolation='bicubic'),
+    *_base_.train_pipeline[2:],
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='ResizeEdge', scale=round(size / 0.925), edge='short', backend='pillow', interpolation='bicubic'),
+    dict(type='CenterCrop', crop_size=size),
+    dict(type='PackInputs'),
+]
 dataset = dict(_delete_=True, type='CustomDataset', data_root=data_root, metainfo=metainfo)
 train_dataloader = dict(
     batch_size={plan.batch},
     num_workers=2,
-    dataset=dict(data_prefix='train', pipeline=_base_.train_pipeline, **dataset),
+    dataset=dict(data_prefix='train', pipeline=train_pipeline, **dataset),
 )
 val_dataloader = dict(
     batch_size=32,
     num_workers=2,
-    dataset=dict(data_prefix='val', pipeline=_base_.test_pipeline, **dataset),
+    dataset=dict(data_prefix='val', pipeline=test_pipeline, **dataset),
 )
 test_dataloader = dict(
     batch_size=32,
     num_workers=2,
-    dataset=dict(data_prefix={dataset.test_split!r}, pipeline=_base_.test_pipeline, **dataset),
+    dataset=dict(data_prefix={dataset.test_split!r}, pipeline=test_pipeline, **dataset),
 )
 val_evaluator = dict(topk=(1,))
 test_evaluator = val_evaluator

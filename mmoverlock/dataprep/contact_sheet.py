@@ -7,7 +7,7 @@ import numpy as np
 
 from .. import cli
 
-CAPTION = 18  # pixels
+CAPTION, GAP = 18, 8  # pixels
 
 
 def contact_sheet(
@@ -57,8 +57,8 @@ def contact_sheet(
         image = item['inputs'].permute(1, 2, 0).numpy()[..., ::-1].astype(np.uint8)  # loaded as BGR
         sample = item['data_samples']
         drawn = _draw(visualizer, scope, np.ascontiguousarray(image), sample, dataset.metainfo, cell)
-        cells.append(_framed(drawn, Path(getattr(sample, 'img_path', '') or '').name, cell))
-    return _grid(cells, columns)
+        cells.append((drawn, Path(getattr(sample, 'img_path', '') or '').name))
+    return _sheet(cells, columns, cell)
 
 
 def _load_only(scope: str, pipeline: List[dict], cell: int) -> List[dict]:
@@ -90,19 +90,20 @@ def _draw(visualizer, scope: str, image: np.ndarray, sample, metainfo: dict, cel
     return visualizer.get_image()
 
 
-def _framed(image: np.ndarray, caption: str, cell: int) -> np.ndarray:
-    """The picture in a cell, with its file's name below."""
+def _sheet(cells: List[tuple], columns: int, cell: int) -> np.ndarray:
+    """Drawn pictures in rows, each above its file's name."""
     from PIL import Image, ImageDraw
 
-    frame = Image.new('RGB', (cell + 8, cell + 8 + CAPTION), 'white')
-    picture = Image.fromarray(image)
-    picture.thumbnail((cell, cell))
-    frame.paste(picture, (4 + (cell - picture.width) // 2, 4 + (cell - picture.height) // 2))
-    ImageDraw.Draw(frame).text((4, cell + 6), caption[-cell // 7 :], fill='black')
-    return np.asarray(frame)
-
-
-def _grid(cells: List[np.ndarray], columns: int) -> np.ndarray:
+    pictures = [Image.fromarray(image) for image, _ in cells]
+    for picture in pictures:
+        picture.thumbnail((cell, cell))
     columns = min(columns, len(cells))
-    cells = cells + [np.full_like(cells[0], 255)] * (-len(cells) % columns)
-    return np.concatenate([np.concatenate(cells[i : i + columns], 1) for i in range(0, len(cells), columns)])
+    width = max(p.width for p in pictures) + GAP
+    height = max(p.height for p in pictures) + CAPTION + GAP
+    sheet = Image.new('RGB', (columns * width + GAP, -(-len(cells) // columns) * height + GAP), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, (_, name)) in enumerate(zip(pictures, cells)):
+        left, top = GAP + i % columns * width, GAP + i // columns * height
+        sheet.paste(picture, (left, top))
+        draw.text((left, top + picture.height + 2), name[-(width // 7) :], fill='black')
+    return np.asarray(sheet)

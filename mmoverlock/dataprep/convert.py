@@ -54,6 +54,8 @@ class Options:
         arch (str): Variant of OverLoCK of the config. Defaults to 'xt'.
         detector (str, optional): 'retinanet' or 'mask-rcnn'; by default the latter where all objects have outlines.
         pretrained (str, optional): Checkpoint that the backbone starts from; 'none' for none. Defaults to the official.
+        side (int, optional): Longer side that pictures are shown at. Defaults to their own.
+        epochs (int, optional): How often each picture is seen. Defaults to what suits their number.
         config (str, optional): Where to write the config. Defaults to the data set's folder.
     """
 
@@ -75,6 +77,8 @@ class Options:
     arch: str = 'xt'
     detector: Optional[str] = None
     pretrained: Optional[str] = None
+    side: Optional[int] = None
+    epochs: Optional[int] = None
     config: Optional[str] = None
     class_lines: List[str] = field(default_factory=list, init=False)
 
@@ -83,6 +87,8 @@ class Options:
             raise UserError(
                 f'--val {self.val:g} and --test {self.test:g} are shares: above 0 (test: 0 or more), below 1 both'
             )
+        if self.side is not None and self.side < 32 or self.epochs is not None and self.epochs < 1:
+            raise UserError('--side is 32 pixels or more, --epochs 1 or more')
         if self.classes:
             names = [self.classes] if isinstance(self.classes, str) else list(self.classes)
             if len(names) == 1 and Path(names[0]).is_file():
@@ -164,6 +170,8 @@ def convert(form: str, source, target, options: Options) -> Result:
         many = f'{len(problems.found)} problem{"s" if len(problems.found) > 1 else ""} in {source}'
         if not options.skip_bad:
             raise UserError(f'{many} (above): correct them, or leave them out with --skip-bad; nothing was written')
+        # A picture that lost all its objects would teach that there are none.
+        samples = [s for s in samples if s.instances or not s.damaged]
     if task == 'segmentation' and form == 'labelme':
         _paint(samples, classes, options)
     if not samples or not classes.names:

@@ -72,7 +72,7 @@ def _read_file(file: Path, name: str, pictures: Pictures, classes: Classes, prob
     if any(size) and not match_size(picture, size, file, problems):
         return None
 
-    sample, parts = Sample(picture, pictures.name(picture.path)), {}
+    sample, parts, before = Sample(picture, pictures.name(picture.path)), {}, len(problems.found)
     for i, shape in enumerate(shapes):
         where = f'{file}: shape {i + 1}'
         label = shape.get('label') if isinstance(shape, dict) else None
@@ -97,6 +97,7 @@ def _read_file(file: Path, name: str, pictures: Pictures, classes: Classes, prob
         sample.instances.append(Instance(label, box, outline))
         if group is not None and isinstance(outline, list):
             parts[label, group] = sample.instances[-1]
+    sample.damaged = len(problems.found) > before
     return sample
 
 

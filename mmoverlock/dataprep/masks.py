@@ -181,7 +181,8 @@ def find_coding(files: List[Path], options, problems) -> Coding:
     met, coloured = _values_met(files)
     if coloured:
         raise UserError(
-            f'{coloured} is coloured: say which colour is which class, with --classes FILE of "name red green blue" lines'
+            f'{coloured} is coloured: say which colour is which class, with --classes FILE of lines like '
+            '"road 128 64 128"'
         )
     if met <= {0, IGNORE} and IGNORE in met and (not names or len(names) == 2):
         problems.note('label maps of 0 and 255 alone: taken as two classes, not as "ignore"')

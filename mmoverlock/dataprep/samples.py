@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import List, Optional, Sequence, Tuple, Union
+from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -40,7 +40,8 @@ class Sample:
         split (str, optional): 'train', 'val' or 'test' where the source says so.
         instances (list[Instance]): Objects, of a detection data set.
         label (str, optional): Class of the picture, of a classification data set.
-        label_map (np.ndarray, optional): (H, W) uint8 class numbers, 255 for "ignore"; or a function that makes it.
+        label_map (Callable[[], np.ndarray], optional): Gives (H, W) uint8 class numbers, 255 for "ignore".
+        damaged (bool): Whether an object of it could not be read. Defaults to False.
     """
 
     picture: Picture
@@ -48,7 +49,8 @@ class Sample:
     split: Optional[str] = None
     instances: List[Instance] = field(default_factory=list)
     label: Optional[str] = None
-    label_map: Optional[object] = None
+    label_map: Optional[Callable[[], np.ndarray]] = None
+    damaged: bool = False
 
 
 def check_box(box: Sequence[float], size: Tuple[int, int], where, problems: Problems):

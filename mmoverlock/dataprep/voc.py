@@ -95,7 +95,7 @@ def _read_file(file: Path, pictures: Pictures, classes: Classes, problems, name:
     else:
         problems.note('labels without a size of the picture: taken to fit')
 
-    sample = Sample(picture, pictures.name(picture.path))
+    sample, before = Sample(picture, pictures.name(picture.path)), len(problems.found)
     for i, node in enumerate(root.findall('object')):
         where = f'{file}: object {i + 1}'
         label = classes.take(node.findtext('name'), where)
@@ -114,4 +114,5 @@ def _read_file(file: Path, pictures: Pictures, classes: Classes, problems, name:
         if difficult:
             problems.note('objects marked difficult: neither trained on nor counted as missed')
         sample.instances.append(Instance(label, box, ignore=difficult))
+    sample.damaged = len(problems.found) > before
     return sample

@@ -46,8 +46,10 @@ def read(source: Path, options, classes: Classes, problems) -> List[Sample]:
             if picture is not None:
                 if picture.orientation != 1:
                     problems.note('pictures turned by an EXIF tag: labels are taken to be for the upright picture')
+                before = len(problems.found)
                 instances = _read_file(label, picture.size, names, classes, problems)
-                samples.append(Sample(picture, pictures.name(path), split, instances))
+                damaged = len(problems.found) > before
+                samples.append(Sample(picture, pictures.name(path), split, instances, damaged=damaged))
         for label in sorted(set(labels.rglob('*.txt')) - used):
             if (
                 label.name not in ('classes.txt', 'train.txt', 'val.txt', 'test.txt')

@@ -73,6 +73,8 @@ def parse_args(argv=None):
     out.add_argument(
         '--pretrained', metavar='FILE', help='what the backbone starts from, or "none"; default: the official weights'
     )
+    out.add_argument('--side', type=int, help='longer side to show pictures at; default: their own (folders: 224)')
+    out.add_argument('--epochs', type=int, help='how often each picture is seen; default: by their number')
     out.add_argument('--config', metavar='FILE', help='where to write the config; default: into TARGET')
     return parser.parse_args(argv)
 
