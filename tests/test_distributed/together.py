@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS / 'test_faults')]
+sys.path[:0] = [str(TESTS), str(TESTS / 'test_faults'), str(TESTS / 'test_tools')]
 from common import TINY, randomise  # noqa: E402
 
 #: The three task forms.
@@ -225,3 +225,22 @@ def _complaint(model, device):
     except RuntimeError as error:
         return str(error)
     return ''
+
+
+def scaling(device, argv):
+    """tools/analysis/scaling.py.
+
+    Returns:
+        dict: ``lines`` that it printed, ``results`` of its configs.
+    """
+    import contextlib
+    import io
+
+    from tiny_configs import load_tool
+
+    tool, results = load_tool('analysis/scaling.py'), []
+    compare = tool.compare
+    tool.compare = lambda *args: results.append(compare(*args)) or results[-1]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        tool.main(argv)
+    return dict(lines=out.getvalue().splitlines(), results=results)
