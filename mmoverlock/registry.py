@@ -30,6 +30,11 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     locations=['mmoverlock.engine'],
 )
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['mmoverlock.engine'])
-TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope=SCOPE, locations=['mmoverlock.engine'])
+TRANSFORMS = Registry(
+    'transform',
+    parent=MMENGINE_TRANSFORMS,
+    scope=SCOPE,
+    locations=['mmoverlock.engine', 'mmoverlock.engine.transforms'],
+)
 # Strategies stand apart: they load torch's sharding, which nothing else needs.
 STRATEGIES = Registry('strategy', parent=MMENGINE_STRATEGIES, scope=SCOPE, locations=['mmoverlock.engine.fsdp'])
