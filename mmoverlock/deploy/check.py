@@ -114,6 +114,23 @@ def detection_difference(expected: Sequence, found: Sequence) -> float:
     return worst
 
 
+def time_in_turns(functions: Sequence[Callable], repeats: int) -> List[float]:
+    """Processor time of calls in milliseconds, the middle one of each function, taken in turns.
+
+    Args:
+        functions (Sequence[Callable]): Without arguments; called before, to be warm.
+        repeats (int): Timed calls of each.
+    """
+
+    def timed(function):
+        start = time.process_time()
+        function()
+        return 1e3 * (time.process_time() - start)
+
+    turns = [[timed(function) for function in functions] for _ in range(repeats)]
+    return [sorted(times)[repeats // 2] for times in zip(*turns)]
+
+
 def compare(model: Deployable, run: Callable, images: Sequence[Tensor], repeats: int = 0) -> List[Row]:
     """Runs a model and its exported file on the same images.
 
@@ -123,17 +140,12 @@ def compare(model: Deployable, run: Callable, images: Sequence[Tensor], repeats:
         model (Deployable): What was exported.
         run (Callable): From :func:`load`.
         images (Sequence[Tensor]): Batches.
-        repeats (int): Timed calls of each, in turns, after an untimed one; the middle value counts. The time is the
-            processor's, so other programs do not count, and with several threads their sum. Defaults to 0: untimed.
+        repeats (int): Calls to time of each, by :func:`time_in_turns`. The time is of the processor: other programs do
+            not count, and with several threads their sum. Defaults to 0: untimed.
 
     Returns:
         list[Row]: One for each batch.
     """
-
-    def timed(function, image):
-        start = time.process_time()
-        function(image)
-        return 1e3 * (time.process_time() - start)
 
     rows = []
     original = model.predict if isinstance(model, Detector) else model
@@ -144,7 +156,8 @@ def compare(model: Deployable, run: Callable, images: Sequence[Tensor], repeats:
                 error, detections = detection_difference(expected, found), sum(map(len, expected))
             else:
                 error, detections = difference(original(image), run(image)), None
-            turns = [(timed(original, image), timed(run, image)) for _ in range(repeats)]
-            middle = [sorted(times)[repeats // 2] for times in zip(*turns)] or [float('nan')] * 2
-            rows.append(Row(tuple(image.shape), error, *middle, detections))
+            times = [float('nan')] * 2
+            if repeats:
+                times = time_in_turns([lambda x=image: original(x), lambda x=image: run(x)], repeats)
+            rows.append(Row(tuple(image.shape), error, *times, detections))
     return rows

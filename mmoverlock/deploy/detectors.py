@@ -69,6 +69,12 @@ def _pick(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
+def _row_and_column(index: Tensor, width: int) -> Tuple[Tensor, Tensor]:
+    """Places in a flattened table; floor division and remainder take a dozen ONNX nodes, for negative numbers."""
+    row = torch.div(index, width, rounding_mode='trunc')
+    return row, index - row * width
+
+
 def decode(coder: nn.Module, boxes: Tensor, deltas: Tensor, size: Sequence[int]) -> Tensor:
     """mmdet's ``DeltaXYWHBBoxCoder.decode``, for sizes that a graph leaves open.
 
@@ -122,7 +128,7 @@ def dense_candidates(
         scores = F.pad(scores, (0, 0, 0, spare), value=-1.0).flatten(1)
         deltas, anchors = F.pad(deltas, (0, 0, 0, spare)), F.pad(anchors, (0, 0, 0, spare))
         scores, best = scores.topk(number)
-        anchor, label = torch.div(best, classes, rounding_mode='floor'), best % classes
+        anchor, label = _row_and_column(best, classes)
         boxes = decode(head.bbox_coder, anchors[anchor], _pick(deltas, anchor), size)
         levels.append((boxes, scores, torch.full_like(label, level) if by_level else label))
     return tuple(torch.cat(parts, 1) for parts in zip(*levels))
@@ -339,7 +345,7 @@ class Detector(Deployable):
         scores = torch.where(used[..., None] & (scores > cfg.score_thr), scores, -1.0).flatten(1)
         candidates = min(MAX_CANDIDATES, number * classes)
         scores, best = scores.topk(candidates)
-        box, label = torch.div(best, classes, rounding_mode='floor'), best % classes
+        box, label = _row_and_column(best, classes)
         deltas = _pick(deltas, box if head.reg_class_agnostic else best)
         boxes = decode(head.bbox_coder, _pick(boxes, box), deltas, size)
         return suppress(boxes, scores, label, candidates, cfg.nms, cfg.max_per_img)
