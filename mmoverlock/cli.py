@@ -417,19 +417,22 @@ def check_fit(backbone, content: Optional[dict], path: str, prefix: str = 'backb
         raise UserError(f'{path} does not fit this config: {error}') from error
 
 
-def check_whole(cfg: Config, checkpoint: str) -> None:
+def check_whole(cfg: Config, checkpoint: str) -> Optional[dict]:
     """A checkpoint is of a config's model: another variant, or half a model, is refused.
 
     Args:
         cfg (Config): The config.
         checkpoint (str): File or http(s) address.
 
+    Returns:
+        dict | None: What :func:`check_checkpoint` read.
+
     Raises:
         UserError: If it cannot be read or is not.
     """
     content, backbone = check_checkpoint(checkpoint), check_model(cfg)
     if content is None or backbone is None:
-        return
+        return content
     check_fit(backbone, content, checkpoint, strict=True)
     state = content.get('state_dict', content)
     absent = [part for part in HEADS if cfg.model.get(part) and not any(k.startswith(f'{part}.') for k in state)]
@@ -437,6 +440,7 @@ def check_whole(cfg: Config, checkpoint: str) -> None:
         raise UserError(
             f'{checkpoint} has no {" and no ".join(absent)}: it is a backbone, not the whole model that this needs'
         )
+    return content
 
 
 def check_batch_norm(cfg: Config) -> None:

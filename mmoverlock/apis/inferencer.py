@@ -85,11 +85,11 @@ class Inferencer:
         self.device = torch.device(_check_device(device))
         self.score_thr, self.topk, self.amp = score_thr, topk, amp
         cli.check_packages(self.cfg)
-        cli.check_whole(self.cfg, self.checkpoint)
+        content = cli.check_whole(self.cfg, self.checkpoint)
         with self._quietly():
             self.inferencer = self._build()
             self.model = self.inferencer.model
-            self._set_classes()
+            self._set_classes((content or {}).get('meta') or {})
 
     # -- building
 
@@ -111,10 +111,12 @@ class Inferencer:
 
         return MMSegInferencer(self.cfg, self.checkpoint, device=str(self.device))
 
-    def _set_classes(self) -> None:
+    def _set_classes(self, checkpoint_meta: dict) -> None:
         """Names and colours, also where the task's inferencer would take those of COCO, Cityscapes or none."""
         number = _number_of_classes(self.model)
-        metas = [self._checkpoint_meta(), self._dataset_meta()]
+        # mmdet 2 and mmseg 0 wrote CLASSES and PALETTE beside the rest.
+        saved = {k.lower(): v for k, v in (checkpoint_meta.get('dataset_meta') or checkpoint_meta).items()}
+        metas = [saved, self._dataset_meta()]
         # Names of another number of classes belong to another model.
         fitting = [m for m in metas if m.get('classes') and (number is None or len(m['classes']) == number)]
         self.classes = tuple(fitting[0]['classes']) if fitting else tuple(str(i) for i in range(number or 0))
@@ -125,11 +127,6 @@ class Inferencer:
             self.inferencer.classes = self.classes
         else:
             self.model.dataset_meta = self.inferencer.visualizer.dataset_meta = meta
-
-    def _checkpoint_meta(self) -> dict:
-        meta = (cli.check_checkpoint(self.checkpoint) or {}).get('meta') or {}
-        meta = {k.lower(): v for k, v in (meta.get('dataset_meta') or meta).items()}
-        return {k: meta[k] for k in ('classes', 'palette') if k in meta}
 
     def _dataset_meta(self) -> dict:
         dataset = self.cfg.test_dataloader.dataset
