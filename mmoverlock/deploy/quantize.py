@@ -14,11 +14,10 @@ from .detectors import Detector
 from .exporters import need
 from .models import Classifier, Deployable, Segmentor
 
-#: Runtime to the form of INT8 that it takes. onnxruntime likes activations without a sign, and on processors without
-#: VNNI weights of seven bits, as two products are added in 16. TensorRT takes zero points of 0, and biases in float.
+#: Runtime to the form of INT8 that it takes: TensorRT wants zero points of 0, and biases in float.
 TARGETS = dict(
-    onnxruntime=dict(activation='QUInt8', reduce_range=True, symmetric=False, biases=True),
-    tensorrt=dict(activation='QInt8', reduce_range=False, symmetric=True, biases=False),
+    onnxruntime=dict(activation='QUInt8', symmetric=False, biases=True),
+    tensorrt=dict(activation='QInt8', symmetric=True, biases=False),
 )
 #: Operators that become INT8, where one input is a weight. docs/export.md says why the others stay.
 OPERATORS = ('Conv', 'ConvTranspose', 'Gemm')
@@ -109,7 +108,8 @@ def quantize(
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
             per_channel=True,
-            reduce_range=settings['reduce_range'],
+            # Weights of seven bits: processors without VNNI add two products in 16 bits, and eight overflow unseen.
+            reduce_range=True,
             activation_type=quantization.QuantType[settings['activation']],
             weight_type=quantization.QuantType.QInt8,
             nodes_to_quantize=nodes,

@@ -7,6 +7,7 @@ training set; then both files run over its test set, and accuracy, size and time
 import argparse
 import collections
 import importlib.util
+import numbers
 import os.path as osp
 import re
 import sys
@@ -83,7 +84,7 @@ def takes_pictures(path: str) -> bool:
     return any(p.key == 'input' and p.value == 'RGB 0-255' for p in proto.metadata_props)
 
 
-def show_operators(path: str, nodes) -> None:
+def show_operators(nodes) -> None:
     """Print how many of each kind of node became INT8."""
     kinds = collections.Counter(name.split('/')[-1].split('_')[0] for name in nodes)
     print('INT8: ' + ', '.join(f'{number} {kind}' for kind, number in sorted(kinds.items())))
@@ -127,10 +128,10 @@ def main(argv=None):
                 if not args.no_test:
                     wrapped = [lambda image, run=run: run(feed(image)) for run in runs.values()]
                     for key, metrics in zip(rows, quantize.evaluate(cfg, model, whole, wrapped)):
-                        rows[key].update((k, v) for k, v in metrics.items() if isinstance(v, (int, float)))
+                        rows[key].update((k, v) for k, v in metrics.items() if isinstance(v, numbers.Real))
         except (deploy.ExportError, ValueError) as error:
             raise cli.UserError(str(error)) from error
-    show_operators(args.out, nodes)
+    show_operators(nodes)
     print(f'{"":>28} {"float32":>9} {"INT8":>9} {"change":>9}')
     for name, before in rows['float32'].items():
         after = rows['INT8'][name]
