@@ -21,6 +21,8 @@ SMALLER = {
 NOT_HERE = {
     r'benchmark_(contmix|depthwise)\.py': 'times kernels on a GPU; tests/test_ops runs them in the interpreter',
     r'benchmark\.py .*--suite': 'minutes even on a GPU; tests/test_tools/test_benchmark.py reads every row of the suites',
+    r'work_dirs/demo/data': "needs the demo's pictures; tests/test_tools/test_infer.py runs the command on others",
+    r'web_demo\.py': 'serves until it is stopped; tests/test_web visits the page',
 }
 
 

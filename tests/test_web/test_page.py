@@ -13,8 +13,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from random_models import random_model, smooth_pictures  # noqa: E402
+from tiny_configs import load_tool  # noqa: E402
 
-from mmoverlock import web  # noqa: E402
+from mmoverlock import apis, web  # noqa: E402
 from mmoverlock.apis import Inferencer  # noqa: E402
 from mmoverlock.cli import UserError  # noqa: E402
 
@@ -171,6 +172,18 @@ def test_what_a_click_shows(viewer, pictures):
     assert len(heads) > 1 and (heads[0] != heads[1]).any()
     with pytest.raises(UserError, match='not a picture'):
         viewer.find(name, str(pictures / 'broken.png'))
+
+
+def test_command(monkeypatch):
+    """tools/web_demo.py hands on every model; where it listens is this machine, unless told otherwise."""
+    built, launched = [], []
+    monkeypatch.setattr(apis, 'Inferencer', lambda *args, **kwargs: built.append((*args, kwargs['device'])))
+    monkeypatch.setattr(web, 'launch', lambda models, *where: launched.append((len(models), *where)))
+    tool = load_tool('web_demo.py')
+    tool.main(['a.py', 'official'])
+    tool.main(['a.py', 'a.pth', '--model', 'b.py', 'b.pth', '--device', 'cpu', '--host', '0.0.0.0', '--port', '99'])
+    assert built == [('a.py', None, None), ('a.py', 'a.pth', 'cpu'), ('b.py', 'b.pth', 'cpu')]
+    assert launched == [(1, '127.0.0.1', None), (2, '0.0.0.0', 99)]
 
 
 def test_port_in_use(viewer):
