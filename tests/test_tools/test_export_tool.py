@@ -1,8 +1,10 @@
 """tools/deploy/export.py from config and checkpoint to a checked file."""
 
+import numpy as np
 import pytest
 import torch
-from tiny_configs import ARCH, fails, load_tool, write_config
+from PIL import Image
+from tiny_configs import ARCH, fails, load_tool, picture, write_config
 
 from mmoverlock import OverLoCK, deploy
 
@@ -68,3 +70,43 @@ def test_a_file_that_differs_is_not_kept(tool, classifier, tmp_path, capsys, mon
     monkeypatch.setattr(deploy, 'load', lambda *args: lambda image: tuple(o + 1e-2 for o in real(*args)(image)))
     command = [*classifier, str(out), '--shape', '64', '--dynamic', 'none']
     fails(capsys, out, lambda: tool.main(command), 'differs from PyTorch by', 'not kept')
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        picture(tmp_path / 'pictures' / f'{i}.png', rng)
+    return str(tmp_path / 'pictures')
+
+
+def test_a_whole_detector_on_pictures(tool, pictures, tmp_path, capsys):
+    pytest.importorskip('mmdet')
+    torch.manual_seed(0)
+    config, out = write_config(tmp_path / 'tiny.py', 'det', tmp_path), str(tmp_path / 'a.pt')
+    command = [config, 'none', out, '--shape', '136', '--images', pictures, '--cfg-options']
+    command += ['model.test_cfg.rpn.nms_pre=50', 'model.test_cfg.rpn.max_per_img=20']
+    rows = tool.main(command)
+    assert [row.shape[2:] for row in rows] == [(136, 136), (129, 129), (149, 200)]
+    assert all(row.error <= 1e-4 and row.detections for row in rows)
+    assert 'boxes, scores, labels, count, masks' in (text := capsys.readouterr().out) and 'detections' in text
+    tool.main([*command, 'model.test_cfg.rcnn.score_thr=0.99', '--dynamic', 'batch'])
+    assert 'nothing was detected, so nothing was compared' in capsys.readouterr().err
+
+
+def test_pictures_are_what_the_network_takes(tool, pictures, classifier, tmp_path, capsys):
+    """--images reads RGB, of any size, and normalises as the config does."""
+    files = tool.find_pictures([pictures])
+    whole, normal = (
+        tool.read_pictures(files, (32, 48), None),
+        tool.read_pictures(files, (32, 48), ([127.0] * 3, [60.0] * 3)),
+    )
+    assert whole.shape == (2, 3, 32, 48) and whole.max() > 100
+    torch.testing.assert_close(normal, (whole - 127) / 60)
+    Image.new('RGB', (9, 9), (255, 0, 0)).save(tmp_path / 'red.png')
+    assert tool.read_pictures([tmp_path / 'red.png'], (4, 4), None)[0, :, 0, 0].tolist() == [255, 0, 0]
+    out = tmp_path / 'a.pt'
+    fails(
+        capsys, out, lambda: tool.main([*classifier, str(out), '--images', str(tmp_path / 'no')]), 'neither a picture'
+    )
+    fails(capsys, out, lambda: tool.main(['xt', 'none', str(out), '--images', pictures]), 'mean and std')
