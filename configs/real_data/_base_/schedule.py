@@ -3,18 +3,9 @@ optim_wrapper = dict(
     type='AmpOptimWrapper',  # fp16: mmcv's focal loss knows no bf16
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
-    # No decay on norms, biases and other 1-D parameters (ConvNeXt's layer scale is one), nor on
-    # those of OverLoCK that are such by meaning and not by shape.
-    paramwise_cfg=dict(
-        norm_decay_mult=0.0,
-        bias_decay_mult=0.0,
-        flat_decay_mult=0.0,
-        custom_keys={
-            'rpb': dict(decay_mult=0.0),
-            'grn': dict(decay_mult=0.0),
-            '_scale': dict(decay_mult=0.0),
-        },
-    ),
+    # No decay on norms, biases and other 1-D parameters (ConvNeXt's layer scale is one); as in the ImageNet recipe,
+    # OverLoCK's position biases, layer scales and GRN are decayed.
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0),
 )
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
@@ -26,6 +17,8 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=100000, save_optimizer=False),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    # A step with infinities leaves no trace; 20 in a row end the run, with the parameter's name.
+    non_finite_guard=dict(type='mmoverlock.NonFiniteGuardHook'),
 )
 log_processor = dict(by_epoch=False)
 env_cfg = dict(
