@@ -149,7 +149,8 @@ def _build_config(cfg: Config, args) -> Tuple[nn.Module, Tuple[str, ...]]:
         settings.pop('train_cfg', None)
         if cfg.get('data_preprocessor'):
             settings.setdefault('data_preprocessor', cfg.data_preprocessor)
-    model, classes = revert_sync_batchnorm(MODELS.build(settings)), ()
+    model = revert_sync_batchnorm(MODELS.build(settings))
+    classes = ()
     if args.checkpoint != 'none':
         content = cli.check_checkpoint(args.checkpoint)
         cli.check_fit(meta, content, args.checkpoint, strict=True)
@@ -157,9 +158,20 @@ def _build_config(cfg: Config, args) -> Tuple[nn.Module, Tuple[str, ...]]:
             load_state_dict(model, checkpoints.unwrap(content), strict=True)
         except RuntimeError as error:
             raise cli.UserError(f'{args.checkpoint} does not fit {args.model}: {cli._reason(error)}') from error
-        trained = {k.lower(): v for k, v in ((content.get('meta') or {}).get('dataset_meta') or {}).items()}
-        classes = tuple(trained.get('classes') or ())
-    return model, classes
+        classes = _classes((content.get('meta') or {}).get('dataset_meta'))
+    return model, classes or _classes(_dataset(cfg).get('metainfo'))
+
+
+def _classes(meta: Optional[dict]) -> Tuple[str, ...]:
+    return next((tuple(v) for k, v in (meta or {}).items() if k.lower() == 'classes'), ())
+
+
+def _dataset(cfg: Config) -> dict:
+    """The config of the test data, inside its wrappers."""
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset
 
 
 def pictures(args, subject: Subject) -> Iterator[Tuple[str, np.ndarray]]:
@@ -208,10 +220,7 @@ def _pipeline(cfg: Config) -> Callable[[np.ndarray], np.ndarray]:
     """The config's test pipeline between loading and packing."""
     from mmengine.dataset import Compose
 
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in dataset:
-        dataset = dataset['dataset']
-    steps = [step for step in dataset.get('pipeline') or () if not step['type'].split('.')[-1].startswith(_ENDS)]
+    steps = [step for step in _dataset(cfg).get('pipeline') or () if not step['type'].split('.')[-1].startswith(_ENDS)]
     compose = Compose(steps)
 
     def transform(image: np.ndarray) -> np.ndarray:
@@ -275,7 +284,7 @@ def save(figure, path: str) -> str:
     """Writes a figure as PNG, whole or not at all, and says so; returns the path."""
     os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
     with cli.replacing(path) as partial:
-        figure.savefig(partial, format='png')
+        figure.savefig(partial, format='png', bbox_inches='tight', pad_inches=0.05)  # parts of figures cut titles off
     print(f'written to {path}')
     return path
 
@@ -284,6 +293,7 @@ def show(axes, picture: np.ndarray, title: str = '', **options) -> None:
     """A picture without ticks, and its title."""
     axes.imshow(picture, **options)
     axes.set_title(title, fontsize=8)
+    axes.set(xticks=[], yticks=[])  # matplotlib lays out ticks also where it draws none, which takes most of its time
     axes.set_axis_off()
 
 
