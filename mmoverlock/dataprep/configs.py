@@ -22,7 +22,9 @@ EPOCHS = dict(detection=(12, 100), segmentation=(16, 200), classification=(10, 1
 MIN_STEPS = 200
 BATCH = dict(detection=4, segmentation=8, classification=32)
 # AdamW's, at these batches: with a backbone from ImageNet, and from scratch.
-RATE = dict(detection=(1e-4, 2.5e-4), segmentation=(1e-4, 5e-4), classification=(1e-4, 5e-4))
+RATE = dict(detection=(1e-4, 5e-4), segmentation=(1e-4, 5e-4), classification=(1e-4, 5e-4))
+#: The small OverLoCK of configs/demo, with small heads: for trying things out on a CPU.
+DEMO = 'demo'
 LARGEST = (1333, 800)  # the published size of test pictures
 
 
@@ -147,21 +149,25 @@ def text_of(dataset: DataSet, options, path: Path) -> str:
     Returns:
         str: Python.
     """
+    arch = 'xt' if options.arch == DEMO else options.arch
     plan = length_of(dataset.task, dataset.counts['train'], options.epochs)
     body = dict(detection=_detection, segmentation=_segmentation, classification=_classification)[dataset.task]
     base = dict(
-        detection=f'detection/{_detector(dataset, options)}_overlock-{options.arch}_fpn_1x_coco.py',
-        segmentation=f'segmentation/overlock-{options.arch}_upernet_8xb2-160k_ade20k-512x512.py',
-        classification=f'classification/overlock-{options.arch}_8xb256_in1k.py',
+        detection=f'detection/{_detector(dataset, options)}_overlock-{arch}_fpn_1x_coco.py',
+        segmentation=f'segmentation/overlock-{arch}_upernet_8xb2-160k_ade20k-512x512.py',
+        classification=f'classification/overlock-{arch}_8xb256_in1k.py',
     )[dataset.task]
     # Links are followed: '..' in a path means the folder that the disk has there.
-    base = os.path.relpath(CONFIGS / base, Path(os.path.realpath(path)).parent)
+    folder = Path(os.path.realpath(path)).parent
+    bases = [base, 'demo/_base_/shapes.py'] if options.arch == DEMO else [base]
+    bases = [repr(Path(os.path.relpath(CONFIGS / b, folder)).as_posix()) for b in bases]
+    bases = bases[0] if len(bases) == 1 else '[\n    ' + ',\n    '.join(bases) + ',\n]'
     pictures = ' + '.join(f'{n} {split}' for split, n in dataset.counts.items())
     head = f"""\
 # OverLoCK-{options.arch.upper()} on {dataset.name}: {pictures} pictures, {len(dataset.classes)} classes.
 # Written by tools/data/convert.py, yours to change:
 #   python tools/train.py {path}
-_base_ = '{Path(base).as_posix()}'
+_base_ = {bases}
 
 data_root = {str(dataset.root)!r}
 metainfo = dict(
@@ -172,34 +178,67 @@ metainfo = dict(
     return head + body(dataset, options, plan)
 
 
-def _literal(value) -> str:
-    return pprint.pformat(value, width=108, compact=True).replace('\n', '\n    ')
+def _literal(values) -> str:
+    """A tuple or list, over lines of its own where it is long."""
+    text = repr(values)
+    if len(text) < 100:
+        return text
+    lines = pprint.pformat(list(values), width=110, compact=True)[1:-1].splitlines()
+    start, end = text[0], text[-1]
+    return '\n        '.join([start, *(line.strip() for line in lines)]) + f',\n    {end}'
 
 
-def _init(options) -> str:
-    """The backbone's starting point."""
-    if options.pretrained == 'none':
-        return 'init_cfg=None'
-    checkpoint = '_base_.pretrained' if options.pretrained is None else repr(options.pretrained)
-    return f"init_cfg=dict(type='Pretrained', checkpoint={checkpoint})"
+def _from_scratch(options) -> bool:
+    """Whether the backbone starts without weights; the authors released none for the small one."""
+    return options.pretrained == 'none' or options.arch == DEMO and options.pretrained is None
+
+
+def _backbone(options) -> str:
+    """Settings of the backbone."""
+    start = 'init_cfg=None'
+    if not _from_scratch(options):
+        checkpoint = '_base_.pretrained' if options.pretrained is None else repr(options.pretrained)
+        start = f"init_cfg=dict(type='Pretrained', checkpoint={checkpoint})"
+    if options.arch != DEMO:
+        return f'backbone=dict({start})'
+    return f'backbone=dict(arch=dict(_delete_=True, **_base_.demo_arch), drop_path_rate=0.0, {start})'
 
 
 def _rate(options, task: str) -> float:
-    return RATE[task][options.pretrained == 'none']
+    return RATE[task][_from_scratch(options)]
+
+
+#: Heads of Mask R-CNN, of the usual and of the small width.
+ROI_HEADS = (
+    'roi_head=dict(bbox_head=dict(num_classes={0}), mask_head=dict(num_classes={0})),',
+    """rpn_head=dict(in_channels=64, feat_channels=64),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=64),
+        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes={0}),
+        mask_roi_extractor=dict(out_channels=64),
+        mask_head=dict(in_channels=64, conv_out_channels=64, num_classes={0}),
+    ),""",
+)
 
 
 def _detection(dataset: DataSet, options, plan: Length) -> str:
     number = len(dataset.classes)
-    heads = f'bbox_head=dict(num_classes={number})'
+    small = options.arch == DEMO
     if _detector(dataset, options) == 'mask-rcnn':
-        heads = f'roi_head=dict(bbox_head=dict(num_classes={number}), mask_head=dict(num_classes={number}))'
+        heads = ROI_HEADS[small].format(number)
+    else:
+        width = ', in_channels=64, feat_channels=64' if small else ''
+        heads = f'bbox_head=dict(num_classes={number}{width}),'
+    if small:
+        first = '[1:]' if _detector(dataset, options) == 'retinanet' else ''
+        heads = f'neck=dict(in_channels=_base_.demo_dense_channels{first}, out_channels=64),\n    {heads}'
     empty = 'False' if dataset.has_empty else 'True'
     interval = max(1, plan.epochs // 10)
     test = dataset.test_split
     return f"""\
 model = dict(
-    backbone=dict({_init(options)}),
-    {heads},
+    {_backbone(options)},
+    {heads}
 )
 
 scale = {shown_size(dataset.sizes, options.side)}  # longer and shorter side
@@ -257,15 +296,19 @@ def _segmentation(dataset: DataSet, options, plan: Length) -> str:
     long, short = shown_size(dataset.sizes, options.side)
     side = max(32, min(512, short // 32 * 32))
     interval = max(1, plan.steps // 10)
+    decode = auxiliary = f'num_classes={number}, norm_cfg=norm_cfg'
+    if options.arch == DEMO:
+        decode += ', in_channels=_base_.demo_dense_channels, channels=64'
+        auxiliary += ', in_channels=_base_.demo_dense_channels[2], channels=32'
     return f"""\
 crop_size = ({side}, {side})
 norm_cfg = dict(type='BN')  # on several GPUs, sync_bn makes it SyncBN
 data_preprocessor = dict(size=crop_size)
 model = dict(
     data_preprocessor=data_preprocessor,
-    backbone=dict({_init(options)}),
-    decode_head=dict(num_classes={number}, norm_cfg=norm_cfg),
-    auxiliary_head=dict(num_classes={number}, norm_cfg=norm_cfg),
+    {_backbone(options)},
+    decode_head=dict({decode}),
+    auxiliary_head=dict({auxiliary}),
 )
 
 scale = ({long}, {short})  # longer and shorter side
@@ -325,7 +368,7 @@ train_cfg = dict(max_iters=max_iters, val_interval={interval})
 optim_wrapper = dict(optimizer=dict(lr={_rate(options, 'segmentation')}), clip_grad=dict(_delete_=True, max_norm=5.0))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end={max(1, plan.steps // 10)}),
-    dict(type='PolyLR', eta_min=1e-6, power=1.0, begin={max(1, plan.steps // 10)}, end=max_iters, by_epoch=False),
+    dict(type='PolyLR', eta_min=1e-6, power=1.0, begin=0, end=max_iters, by_epoch=False),
 ]
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval={interval}))
 auto_scale_lr = dict(base_batch_size={plan.batch})
@@ -337,11 +380,12 @@ def _classification(dataset: DataSet, options, plan: Length) -> str:
     interval = max(1, plan.epochs // 10)
     warmup = max(1, plan.epochs // 10)
     size = options.side or 224
+    head = ', in_channels=_base_.demo_cls_channels, hidden_channels=256' if options.arch == DEMO else ''
     return f"""\
 data_preprocessor = dict(num_classes={number})
 model = dict(
-    backbone=dict({_init(options)}),
-    head=dict(num_classes={number}),
+    {_backbone(options)},
+    head=dict(num_classes={number}{head}),
     train_cfg=None,  # mixing pictures pays off over hundreds of epochs
 )
 
@@ -382,7 +426,7 @@ train_cfg = dict(max_epochs=max_epochs, val_interval={interval})
 optim_wrapper = dict(optimizer=dict(lr={_rate(options, 'classification')}))
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=True, begin=0, end={warmup}, convert_to_iter_based=True),
-    dict(type='CosineAnnealingLR', eta_min=1e-6, by_epoch=True, begin={warmup}, end=max_epochs),
+    dict(type='CosineAnnealingLR', T_max=max_epochs, eta_min=1e-6, by_epoch=True, begin=0, end=max_epochs),
 ]
 custom_hooks = []  # the base config's average of the weights is over ten thousand steps
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval={interval}))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional, Sequence, Union
 
-from ..cli import UserError
+from ..cli import UserError, replacing
 from ..version import __version__
 from . import coco, configs, folders, labelme, masks, splits, voc, yolo
 from .pictures import write as write_picture
@@ -51,7 +51,7 @@ class Options:
         skip_bad (bool): Leave out what is wrong in place of stopping. Defaults to False.
         link (bool): Link pictures in place of copying them. Defaults to False.
         overwrite (bool): Replace a data set that an earlier conversion wrote. Defaults to False.
-        arch (str): Variant of OverLoCK of the config. Defaults to 'xt'.
+        arch (str): Variant of OverLoCK of the config, or 'demo' for the small one of configs/demo. Defaults to 'xt'.
         detector (str, optional): 'retinanet' or 'mask-rcnn'; by default the latter where all objects have outlines.
         pretrained (str, optional): Checkpoint that the backbone starts from; 'none' for none. Defaults to the official.
         side (int, optional): Longer side that pictures are shown at. Defaults to their own.
@@ -195,17 +195,13 @@ def convert(form: str, source, target, options: Options) -> Result:
         )
         config = Path(options.config or target / configs.name_of(dataset, options))
         text = configs.text_of(dataset, options, config)
-        if options.config:
-            from ..cli import replacing
-
-            with replacing(str(config)) as path:
-                Path(path).write_text(text, encoding='utf-8')
-        else:
+        inside = config.parent.resolve() == target.resolve()
+        if inside:
             (partial / config.name).write_text(text, encoding='utf-8')
         record = dict(
             made_by=f'mmoverlock {__version__}, tools/data/convert.py {form}',
             task=task,
-            config=config.name if not options.config else str(config),
+            config=config.name if inside else str(config),
             classes=classes.names,
             pictures=counts,
             labels={split: {name: int(found[name]) for name in classes.names} for split, found in labels.items()},
@@ -214,6 +210,9 @@ def convert(form: str, source, target, options: Options) -> Result:
             remarks=problems.lines(),
         )
         (partial / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+    if not inside:
+        with replacing(str(config)) as path:
+            Path(path).write_text(text, encoding='utf-8')
     return Result(config, counts, classes.names, labels, problems, task)
 
 

@@ -64,7 +64,12 @@ def parse_args(argv=None):
     out = parser.add_argument_group('what is written')
     out.add_argument('--link', action='store_true', help='link pictures in place of copying them')
     out.add_argument('--overwrite', action='store_true', help='replace TARGET if an earlier conversion wrote it')
-    out.add_argument('--arch', choices=['xt', 't', 's', 'b'], default='xt', help='variant of OverLoCK; default: xt')
+    out.add_argument(
+        '--arch',
+        choices=['xt', 't', 's', 'b', 'demo'],
+        default='xt',
+        help='variant of OverLoCK; demo: a small one with small heads, to try things out on a CPU; default: xt',
+    )
     out.add_argument(
         '--detector',
         choices=['retinanet', 'mask-rcnn'],
