@@ -18,6 +18,19 @@ HELP = 'Drop a picture. Then click on the overview map: the two pictures beside 
 FONTS = dict(font=('system-ui', 'sans-serif'), font_mono=('ui-monospace', 'monospace'))
 
 
+#: Gradio shows pictures no larger than they are: small ones are enlarged to about this many pixels.
+SHOWN = 300
+
+
+def _zoom(picture: np.ndarray) -> int:
+    return max(1, SHOWN // max(picture.shape[:2]))
+
+
+def _enlarge(picture: np.ndarray) -> np.ndarray:
+    zoom = _zoom(picture)
+    return picture.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
 def _gradio():
     # Read when gradio is imported.
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
@@ -79,7 +92,7 @@ class Viewer:
         ((picture, sample),) = model.stream(expand(path))
         if picture.error:
             raise UserError(f'This file {picture.error}.')
-        return model.draw(picture.image, sample), findings(model.result(picture, sample), model.task)
+        return _enlarge(model.draw(picture.image, sample)), findings(model.result(picture, sample), model.task)
 
     def seen(self, name: str, path: str) -> np.ndarray:
         """The picture as the network gets it from the test pipeline, resized or cropped: (h, w, 3) uint8, RGB."""
@@ -91,7 +104,7 @@ class Viewer:
         from .visualization import normalize, overlay, overview_map
 
         picture, model = self.seen(name, path), self.models[name].model
-        return overlay(picture, overview_map(model, normalize(model, picture)))
+        return _enlarge(overlay(picture, overview_map(model, normalize(model, picture))))
 
     def blocks(self, name: str) -> List[str]:
         """Names of the blocks that use ContMix."""
@@ -105,7 +118,7 @@ class Viewer:
         Args:
             name (str): The model.
             path (str): The picture.
-            position (tuple[int, int]): x and y in what :meth:`seen` gives; from outside, the nearest in it.
+            position (tuple[int, int]): x and y in what :meth:`overview` gives; from outside, the nearest in it.
             block (str): One of :meth:`blocks`.
             head (str): ``'mean'`` or a number.
 
@@ -117,16 +130,18 @@ class Viewer:
         from .visualization import contmix_kernels, normalize, overlay
 
         picture, model = self.seen(name, path), self.models[name].model
-        x, y = (min(max(value, 0), size - 1) for value, size in zip(position, picture.shape[1::-1]))
+        zoom = _zoom(picture)
+        x, y = (min(max(value // zoom, 0), size - 1) for value, size in zip(position, picture.shape[1::-1]))
         kernels = contmix_kernels(model, normalize(model, picture), (x, y), block)
         # Another block may have fewer heads.
         head = int(head) if head.isdigit() and int(head) < kernels.heads else None
-        drawn, radius = [], max(3, min(picture.shape[:2]) // 40)
+        drawn = []
         for window in ('small', 'large'):
-            image = Image.fromarray(overlay(picture, kernels.heatmap(window, head)))
+            image = Image.fromarray(_enlarge(overlay(picture, kernels.heatmap(window, head))))
+            centre, radius = ((x + 0.5) * zoom, (y + 0.5) * zoom), max(4, min(image.size) // 40)
             pen = ImageDraw.Draw(image)
-            pen.rectangle([round(v) for v in kernels.box(window)], outline='white')
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), outline='black', fill='white')
+            pen.rectangle([round(v * zoom) for v in kernels.box(window)], outline='white')
+            pen.ellipse([c + r for r in (-radius, radius) for c in centre], outline='black', fill='white')
             drawn.append(np.asarray(image))
         return tuple(drawn)
 

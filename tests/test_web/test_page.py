@@ -133,14 +133,19 @@ def test_page_in_chromium(viewer, server, browser, pictures):
 
     # From the middle of the picture, until somebody clicks elsewhere.
     block = viewer.blocks(names[2])[-1]
-    middle = viewer.kernels(names[2], path, (64, 48), block, 'mean')
+    middle = viewer.kernels(names[2], path, (128, 96), block, 'mean')
     assert (page.image('small') == middle[0]).all() and (page.image('large') == middle[1]).all()
     before = page.source('small'), page.source('large')
     overview = page.page.locator('#overview img')
     box = overview.bounding_box()
-    overview.click(position=dict(x=box['width'] * 0.5 - 30, y=box['height'] * 0.5 - 30))
+    # 128 x 96 pixels twice as large, in the middle of its place.
+    scale = min(box['width'] / 256, box['height'] / 192, 1)
+    left, top = (box['width'] - 256 * scale) / 2, (box['height'] - 192 * scale) / 2
+    overview.click(position=dict(x=left + 40.5 * scale, y=top + 60.5 * scale))
     page.changed('small', before[0])
     page.changed('large', before[1])
+    clicked = viewer.kernels(names[2], path, (41, 61), block, 'mean')
+    assert (page.image('small') == clicked[0]).all() and (page.image('large') == clicked[1]).all()
     before = page.source('small')
     page.page.get_by_label('Head').click()
     page.page.get_by_role('option', name='1', exact=True).click()
@@ -163,11 +168,13 @@ def test_what_a_click_shows(viewer, pictures):
     assert seen.shape == (96, 128, 3)
     assert (seen == cv2.imread(path)[..., ::-1]).all()  # this pipeline does not resize
     block = viewer.blocks(name)[0]
-    left, right = (viewer.kernels(name, path, (x, 48), block, 'mean') for x in (3, 124))
-    beyond = viewer.kernels(name, path, (128, 48), block, 'mean')  # where a browser rounds up
-    assert (beyond[0] == viewer.kernels(name, path, (127, 48), block, 'mean')[0]).all()
+    shown = viewer.overview(name, path)
+    assert shown.shape == (192, 256, 3)
+    left, right = (viewer.kernels(name, path, (x, 96), block, 'mean') for x in (6, 255))
+    beyond = viewer.kernels(name, path, (256, 96), block, 'mean')  # where a browser rounds up
+    assert (beyond[0] == right[0]).all()
     for a, b in zip(left, right):
-        assert a.shape == b.shape == seen.shape and (a != b).any()
+        assert a.shape == b.shape == shown.shape and (a != b).any()
     heads = [viewer.kernels(name, path, (3, 48), block, str(head))[0] for head in range(viewer.heads(name))]
     assert len(heads) > 1 and (heads[0] != heads[1]).any()
     with pytest.raises(UserError, match='not a picture'):
