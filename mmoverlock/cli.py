@@ -247,6 +247,9 @@ def set_launcher(cfg: Config, launcher: str) -> None:
             '--launcher pytorch is for torchrun: use tools/dist_train.sh or tools/dist_test.sh, or leave it out'
         )
     warn('no GPU here: running distributed on the CPU with gloo')
+    if cfg.get('sync_bn'):
+        warn('SyncBN runs on GPUs only: every process takes batch statistics of its own')
+        cfg.sync_bn = None
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
     wrapper = cfg.get('model_wrapper_cfg') or dict(

@@ -29,6 +29,14 @@ def test_same_recipe_for_every_backbone(task):
     assert configs[0] == configs[1] == configs[2]
 
 
+@pytest.mark.parametrize('task', TASKS)
+def test_decay_and_guard_are_those_of_the_main_recipe(task):
+    main = Config.fromfile(ROOT.parent / '_base_/schedules/imagenet_bs2048_310e.py')
+    config = load(task, 'overlock-xt')
+    assert config.optim_wrapper.paramwise_cfg == main.optim_wrapper.paramwise_cfg
+    assert config.default_hooks.non_finite_guard == main.default_hooks.non_finite_guard
+
+
 def find(node, key):
     """Every value of a key in nested dicts and lists."""
     if isinstance(node, dict):

@@ -20,6 +20,7 @@ from mmoverlock import OverLoCK  # noqa: E402
 EXTRA = """
 custom_imports = dict(imports=['faults_parts'])
 custom_hooks = [dict(type='RecordLosses')]
+sync_bn = 'torch'  # left out on the CPU
 optim_wrapper = dict(
     type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-2, weight_decay=0.5, eps=1e-4),
     clip_grad=dict(max_norm=0.5),

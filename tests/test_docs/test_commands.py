@@ -1,6 +1,6 @@
 """Every command in the documentation runs.
 
-A page's commands run in their order in one folder, as a reader would type them (``sandbox.py`` says what is made smaller).
+A page's commands run in their order in one folder, as a reader would type them; ``sandbox.py`` says what is made smaller.
 """
 
 import re
@@ -13,24 +13,27 @@ from pages import PAGES, ROOT, commands
 
 #: Flags added to a tool's own, where a command is of a size that needs a GPU. The last of two equal flags counts.
 SMALLER = {
-    'tools/analysis/benchmark.py': ['--device', 'cpu', '--dtype', 'fp32', '--batch', '1', '--iters', '1'],
-    'tools/analysis/profile.py': ['--device', 'cpu', '--dtype', 'fp32', '--batch', '1', '--iters', '1'],
+    'tools/analysis/benchmark.py': '--device cpu --dtype fp32 --batch 1 --shape 64 --iters 1 --warmup 1'.split(),
+    'tools/analysis/profile.py': '--device cpu --dtype fp32 --batch 1 --shape 64 --iters 1 --warmup 1'.split(),
+    'tools/analysis/train_speed.py': '--iters 1 --warmup 1 --batch-size 2'.split(),
 }
 
 #: Commands that do not run here: a regular expression, and why.
 NOT_HERE = {
     r'benchmark_(contmix|depthwise)\.py': 'times kernels on a GPU; tests/test_ops runs them in the interpreter',
-    r'benchmark\.py .*--suite': 'minutes even on a GPU; tests/test_tools/test_benchmark.py reads every row of the suites',
-    r'work_dirs/demo/data': "needs the demo's pictures; tests/test_tools/test_infer.py runs the command on others",
-    r'web_demo\.py': 'serves until it is stopped; tests/test_web visits the page',
+    r'benchmark\.py --suite': 'a hundred rows; tests/test_tools/test_benchmark.py builds the suites',
+    r'web_demo\.py': 'serves until it is stopped; tests/test_web starts it and drives the page',
 }
+
+#: Pages that a test of their own follows.
+FOLLOWED = {'your-own-data': 'tests/test_guide.py'}
 
 
 def not_here(command):
     return next((why for pattern, why in NOT_HERE.items() if re.search(pattern, command)), None)
 
 
-@pytest.mark.parametrize('page', [p for p in PAGES if commands(p)], ids=lambda p: p.stem)
+@pytest.mark.parametrize('page', [p for p in PAGES if commands(p) and p.stem not in FOLLOWED], ids=lambda p: p.stem)
 def test_commands(page, tmp_path):
     folder = sandbox.make(tmp_path)
     for command in commands(page):
@@ -78,6 +81,11 @@ CHECKS = dict(make=check_make, pip=check_pip, git=check_git)
 @pytest.mark.parametrize('pattern', NOT_HERE)
 def test_exceptions_are_needed(pattern):
     assert any(re.search(pattern, command) for page in PAGES for command in commands(page))
+
+
+def test_pages_that_are_followed_elsewhere():
+    for page, test in FOLLOWED.items():
+        assert f'docs/{page}.md' in (ROOT / test).read_text()
 
 
 def test_no_placeholders():

@@ -54,7 +54,6 @@ def build(args):
     from mmengine.registry import DATASETS, init_default_scope
 
     cfg = cli.load_config(args.config)
-    cli.check_packages(cfg)
     dataset = (cfg.get('train_dataloader') or {}).get('dataset')
     if not dataset:
         raise cli.UserError(f'{args.config} has no train_dataloader; is it a base file?')
@@ -63,8 +62,10 @@ def build(args):
             raise cli.UserError('--images is for classifiers: other tasks need annotations, so time their own data')
         if not any(path.suffix.lower() in JPEG for path in Path(args.images).rglob('*')):
             raise cli.UserError(f'{args.images}: no JPEG pictures there')
+        cli.check_packages(cfg)
         dataset = dict(type='CustomDataset', data_root=args.images, with_label=False, pipeline=dataset.pipeline)
     else:
+        cli.check_packages(cfg)
         cli.check_data(cfg, ('train',))
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     return DATASETS.build(dataset)

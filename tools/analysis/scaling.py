@@ -35,6 +35,8 @@ def parse_args(argv=None):
     parser.add_argument(
         '--bucket-mb', type=float, default=25, help="MiB of gradients sent at once. Defaults to DDP's 25"
     )
+    parser.add_argument('--no-sync-bn', action='store_true', help="leave batch norms as they are, also if the config's "
+                        'sync_bn says otherwise')  # fmt: skip
     parser.add_argument('--compile', action='store_true', help='compile the blocks of the backbone')
     args = parser.parse_args(argv)
     if min(args.iters, args.batch_size, args.size) < 1 or args.warmup < 0:
@@ -207,7 +209,7 @@ def compare(path: str, args) -> dict:
     if rank == 0:
         result['one'] = args.batch_size / measure(model, data, args)['seconds']
     dist.barrier()
-    if cfg.get('sync_bn') == 'torch' and torch.cuda.is_available():
+    if cfg.get('sync_bn') == 'torch' and torch.cuda.is_available() and not args.no_sync_bn:
         model = convert_sync_batchnorm(model)
     traffic = Traffic()
     wrapped = MMDistributedDataParallel(
