@@ -1,8 +1,8 @@
 """docs/your-own-data.md, followed to the letter: every command of it, in its order, in one folder.
 
-On the real pictures, where ``MMOVERLOCK_DATA_DIR`` names the folder of ``bccd`` and ``camvid``, unpacked or as ``.tar``,
-or where they are in ``data/``; else on pictures made up in the same form. What is smaller than the reader's is asked for
-by flags that the tools document, added at the end of a command.
+On the real pictures, where ``MMOVERLOCK_DATA_DIR`` names the folder of ``bccd`` and ``camvid``, unpacked or in ``.tar``
+files, or where they are in ``data/``; else on pictures made up in the same form. What is smaller than the reader's is
+asked for by flags that the tools document, added at the end of a command.
 """
 
 import json
@@ -33,13 +33,13 @@ LOW = 'model.test_cfg.score_thr=0'  # after four pictures no box is worth more
 SMALL = ['--arch', 'demo', '--side', '96', '--epochs', '1']
 #: Words of a command -> what is added to it.
 FLAGS = {
-    ('convert.py', 'cells'): [*SMALL, '--config', f'data/cells/{DET}.py'],
-    ('convert.py', 'streets'): [*SMALL, '--config', f'data/streets/{SEG}.py'],
+    ('convert.py', 'data/cells'): [*SMALL, '--config', f'data/cells/{DET}.py'],
+    ('convert.py', 'data/streets'): [*SMALL, '--config', f'data/streets/{SEG}.py'],
     ('contact_sheet.py',): ['--number', '4', '--columns', '2'],
-    ('train.py', 'cells'): ['--cfg-options', *TRAIN, LOW],
-    ('train.py', 'streets'): ['--cfg-options', *TRAIN, 'train_cfg.max_iters=2', 'train_cfg.val_interval=2'],
-    ('test.py', 'cells'): ['--cfg-options', *LOADERS[2:], LOW],
-    ('test.py', 'streets'): ['--cfg-options', *LOADERS[2:]],
+    ('train.py', 'data/cells'): ['--cfg-options', *TRAIN, LOW],
+    ('train.py', 'data/streets'): ['--cfg-options', *TRAIN, 'train_cfg.max_iters=2', 'train_cfg.val_interval=2'],
+    ('test.py', 'data/cells'): ['--cfg-options', *LOADERS[2:], LOW],
+    ('test.py', 'data/streets'): ['--cfg-options', *LOADERS[2:]],
     ('infer.py',): ['--device', 'cpu', '--score-thr', '0'],
 }
 
@@ -154,7 +154,7 @@ def test_the_numbers_in_the_guide(followed, checkout):
     record = json.loads((checkout / 'data/cells/dataset.json').read_text())
     assert record['classes'][:2] == ['RBC', 'WBC'] and not record['left_out']
     if len(json.loads((checkout / 'data/bccd/annotations/train.json').read_text())['images']) == 205:
-        table = output(followed, 'convert.py', 'cells').split('\n\n')[0]
+        table = output(followed, 'convert.py', ' data/cells').split('\n\n')[0]
         assert table.strip('\n') in (ROOT / 'docs/your-own-data.md').read_text()
 
 

@@ -13,6 +13,7 @@ if importlib.util.find_spec('mmoverlock') is None:  # a checkout that is not ins
     sys.path.insert(0, osp.dirname(osp.dirname(osp.dirname(osp.abspath(__file__)))))
 
 from mmengine.config import DictAction  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from mmoverlock import cli, compat, datacheck  # noqa: E402
 from mmoverlock.dataprep import contact_sheet  # noqa: E402
@@ -43,16 +44,14 @@ def main(argv=None):
     compat.apply()
     args = parse_args(argv)
     with cli.one_line_errors():
+        if args.out and osp.splitext(args.out)[1].lower() not in Image.registered_extensions():
+            raise cli.UserError(f'--out {args.out}: name a picture, such as sheet.png')
         path = datacheck.config_of(args.target)
         cfg = cli.load_config(path, args.cfg_options)
         cli.check_packages(cfg)
         cli.check_data(cfg, (args.split,))
         sheet = contact_sheet(cfg, args.split, args.number, args.columns, args.cell, args.augmented)
         out = args.out or osp.join('work_dirs', osp.splitext(osp.basename(path))[0], f'{args.split}.png')
-        from PIL import Image
-
-        if osp.splitext(out)[1].lower() not in Image.registered_extensions():
-            raise cli.UserError(f'--out {out}: name a picture, such as sheet.png')
         with cli.replacing(out) as partial:
             Image.fromarray(sheet).save(partial)
     print(out)
