@@ -30,9 +30,12 @@ EXTRAS = {
         'setuptools<81',
     ],
     'deploy': ['onnx>=1.17', 'onnxruntime>=1.20', 'onnxscript>=0.5'],
+    'visual': ['matplotlib'],
+    'web': ['gradio>=6', 'matplotlib'],
     'timm': ['timm>=1.0.12', 'safetensors'],
     'natten': ['natten>=0.17,<0.18'],
-    'dev': ['pytest', 'ruff', 'pre-commit'],
+    'docs': ['sphinx', 'myst-parser', 'linkify-it-py', 'furo', 'sphinx-copybutton'],
+    'dev': ['pytest', 'pytest-xdist', 'playwright', 'ruff', 'pre-commit'],
 }
 
 

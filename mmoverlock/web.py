@@ -1,6 +1,6 @@
 """A web page to drop pictures on: what a model finds, and how OverLoCK looked.
 
-Needs gradio (``pip install gradio``), which is imported when a page is built.
+Needs gradio (``pip install "mmoverlock[web]"``), which is imported when a page is built.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Links that leave the pages (``../configs/...``, ``../tools/...``) name the file instead: the site has pages only.
 
-The pages are also read in a checkout, where such links work as they are. A link to a file that is not there is a warning, and
-thus an error of the build.
+The pages are also read in a checkout, where such links work as they are. A link to a file that is not there is a
+warning, and thus an error of the build.
 """
 
 import re

@@ -1,11 +1,13 @@
 """A folder in which the commands of the documentation run as they stand, made small.
 
-The folder looks like a checkout with data sets, official files and finished runs in it; all are made up here. ``python``,
-``pip``, ``make`` and ``git`` on its PATH write down how they were called. What ``python`` was called with then runs in a
+The folder looks like a checkout with data sets, official files and finished runs in it, all made up. ``python``,
+``pip``, ``make`` and ``git`` on its PATH note how they were called. What ``python`` was called with then runs in a
 process forked from a server that has imported everything once: seconds instead of ten for each command.
 
-Made smaller in that process, and nowhere else: one block a stage in every variant, pictures of 64 pixels, one iteration or
-epoch, small heads. Everything else is what a reader gets. Imported on both sides: nothing happens at import.
+Made smaller in that process, and nowhere else: one block a stage in every variant, 64 pixels a side, one iteration or
+epoch, small heads, nothing compiled. Everything else is what a reader gets.
+
+Imported on both sides: nothing happens at import.
 """
 
 import json
@@ -16,6 +18,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +50,26 @@ def make(folder):
         (programs / name).write_text(RECORDER)
         (programs / name).chmod(0o755)
     _data(folder / 'data')
+    _demo(folder / 'work_dirs' / 'demo')
     return folder
+
+
+def _demo(root):
+    """Of a finished demo, some pictures and the log of the classifier; checkpoints come with the first command."""
+    rng = np.random.default_rng(0)
+    for name in (
+        'imagenet/val/star/000004',
+        'coco/val2017/000001',
+        'coco/val2017/000002',
+        'ade/images/validation/000001',
+    ):
+        path = root / 'data' / f'{name}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (128, 128, 3), dtype=np.uint8)).save(path)
+    log = root / 'classification' / '20260101_000000' / 'vis_data' / 'scalars.json'
+    log.parent.mkdir(parents=True)
+    records = [dict(loss=2.0 - i, lr=1e-3, step=10 * (i + 1)) for i in range(2)]
+    log.write_text(''.join(json.dumps(record) + '\n' for record in records))
 
 
 def _data(root):
@@ -80,9 +102,10 @@ def _data(root):
     from mmdet.datasets import CocoDataset
 
     for split in ('train', 'val'):
-        for name in ('n01440764', 'n01443537'):
-            for i in range(4):
-                picture(root / 'imagenet' / split / name / f'{i}.JPEG')
+        for i in range(1000):
+            path = root / 'imagenet' / split / f'n{i:08d}' / '0.JPEG'
+            path.parent.mkdir(parents=True)
+            path.symlink_to(root / f'coco/{split}2017/0.jpg')
         for name in ('cat', 'dog'):
             for i in range(4):
                 picture(root / 'cifar10' / split / name / f'{i}.jpg', 32)
@@ -95,6 +118,9 @@ def _data(root):
         coco(root / f'bccd/annotations/{split}.json', ('RBC', 'WBC', 'Platelets'), numbers)
         for i in numbers:
             picture(root / 'bccd/images' / f'{i}.jpg')
+    for name in ('cifar10', 'bccd', 'camvid'):
+        with tarfile.open(root.parent / f'{name}.tar', 'w') as archive:
+            archive.add(root / name, name)
     for split in ('training', 'validation'):
         for i in range(4):
             picture(root / 'ade/ADEChallengeData2016/images' / split / f'{i}.jpg')
@@ -162,10 +188,11 @@ def _run(folder, argv, log):
     sys.stderr = os.fdopen(2, 'w', buffering=1, closefd=False)
     os.chdir(folder)
     torch.set_num_threads(1)
-    os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    os.environ.update(CUDA_VISIBLE_DEVICES='', TORCH_HOME=f'{folder}/.torch')
     make_smaller()
     for argument in argv[1:]:
         provide(argument, argv)
+        provide_released(argument)
     sys.argv = argv
     sys.path[0] = os.path.dirname(os.path.abspath(argv[0]))
     sys.path.insert(1, str(ROOT))
@@ -193,6 +220,7 @@ def make_smaller():
         return cfg
 
     Config.fromfile = staticmethod(fromfile)
+    torch.compile = lambda model=None, **kwargs: model if model is not None else lambda function: function
     # Seconds that show nothing: formatting the config's text, asking compilers for their versions.
     mmengine.config.config.FormatCode = lambda text, **kwargs: (text, True)
     Runner._log_env = lambda self, env_cfg: None
@@ -208,7 +236,7 @@ def shrink(cfg):
     hooks = cfg.get('default_hooks') or {}
     if 'checkpoint' in hooks and not hooks['checkpoint'].get('by_epoch', True):
         hooks['checkpoint']['interval'] = 2
-    _walk(cfg)
+    _walk(cfg._cfg_dict)
 
 
 def _walk(node):
@@ -225,6 +253,8 @@ def _walk(node):
         for key in ('scale', 'scales'):
             if key in node:
                 node[key] = _small(node[key])
+    if 'pipeline' in node and 'data_root' in node:
+        node['indices'] = 4
     if 'crop_size' in node and 'allow_negative_crop' not in node:
         node['crop_size'] = _small(node['crop_size'])
     if 'size' in node and 'mean' in node:
@@ -261,11 +291,13 @@ def provide(path, argv):
     from mmoverlock import checkpoints
 
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
-    config = next((a for a in argv if a.endswith('.py') and a.startswith(('configs/', 'work_dirs/'))), None)
-    if config is None:
-        variant = re.search(r'overlock_(xt|t|s|b)_in1k_224', path)
-        assert variant, f'do not know what {path} is'
+    if variant := re.search(r'overlock_(xt|t|s|b)_in1k_224', path):
         config = f'configs/classification/overlock-{variant[1]}_8xb256_in1k.py'
+    else:
+        config = next((a for a in argv if a.endswith('.py') and a.startswith(('configs/', 'work_dirs/'))), None)
+        name = re.search(r'work_dirs/([^/]+)/[^/]+$', path)
+        config = config or next((str(p) for p in Path('configs').glob(f'*/{name and name[1]}.py')), None)
+        assert config, f'do not know what {path} is'
     torch.manual_seed(0)
     model = _build(Config.fromfile(config))
     state = model.state_dict()
@@ -277,6 +309,17 @@ def provide(path, argv):
         save_file(state, path)
     else:
         torch.save(dict(state_dict=state, meta=dict()), path)
+
+
+def provide_released(config):
+    """Make the released files that a config starts from, where a download would put them."""
+    if not config.endswith('.py') or not config.startswith(('configs/', 'work_dirs/')):
+        return
+    from mmengine.config import Config
+
+    for url in set(re.findall(r'https://\S+?\.pth', Config.fromfile(config).pretty_text)):
+        path = os.path.join(os.environ['TORCH_HOME'], 'hub/checkpoints', os.path.basename(url))
+        provide(path, [])
 
 
 def _outputs(argv):

@@ -1,6 +1,6 @@
 """Every command in the documentation runs.
 
-A page's commands run in their order in one folder, as a reader would type them; ``sandbox.py`` says what is made smaller.
+A page's commands run in their order in one folder, as a reader types them; ``sandbox.py`` says what is made smaller.
 """
 
 import re

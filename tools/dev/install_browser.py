@@ -3,8 +3,8 @@
 
     python3 tools/dev/install_browser.py
 
-Anywhere else (not root, another system, ``NO_BROWSER=1``) nothing is done; without a browser that test is skipped, and says so.
-Standard library only.
+Anywhere else (not root, another system, ``NO_BROWSER=1``) nothing is done; without a browser that test is skipped, and
+says so. Standard library only.
 """
 
 import os
