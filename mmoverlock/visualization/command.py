@@ -143,6 +143,12 @@ def _build_config(cfg: Config, args) -> Tuple[nn.Module, Tuple[str, ...]]:
 
     cli.check_packages(cfg)
     meta = cli.check_model(cfg)
+    content = None
+    if args.checkpoint != 'none':
+        content = cli.check_checkpoint(args.checkpoint)
+        if content is None:
+            raise cli.UserError(f'{args.checkpoint} is neither a file nor an https address; fetch it first')
+        cli.check_fit(meta, content, args.checkpoint, strict=True)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     settings = cfg.model.copy()
     if cfg.get('default_scope') == 'mmpretrain':
@@ -151,9 +157,7 @@ def _build_config(cfg: Config, args) -> Tuple[nn.Module, Tuple[str, ...]]:
             settings.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = revert_sync_batchnorm(MODELS.build(settings))
     classes = ()
-    if args.checkpoint != 'none':
-        content = cli.check_checkpoint(args.checkpoint)
-        cli.check_fit(meta, content, args.checkpoint, strict=True)
+    if content is not None:
         try:
             load_state_dict(model, checkpoints.unwrap(content), strict=True)
         except RuntimeError as error:

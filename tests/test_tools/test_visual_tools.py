@@ -33,6 +33,7 @@ def home(tmp_path_factory):
     seen = [picture for _, picture in command.pictures(arguments(config, pictures=[str(root / 'pictures')]), subject)]
     return SimpleNamespace(
         root=root,
+        subject=subject,
         model=subject.model,
         command=[config, str(checkpoint), str(root / 'pictures')],
         seen=seen,
@@ -42,6 +43,12 @@ def home(tmp_path_factory):
 
 def arguments(model, checkpoint='none', pictures=('a.png',)):
     return command.parser('').parse_args([model, checkpoint, *pictures, '--out', 'a.png', '--device', 'cpu'])
+
+
+@pytest.fixture
+def built(home, monkeypatch):
+    """The commands find the model built: the other tests build it."""
+    monkeypatch.setattr(command, 'build', lambda args, classifier=False: home.subject)
 
 
 @pytest.fixture
@@ -82,7 +89,7 @@ def test_overview(home, drawn, tmp_path):
     assert cv2.imread(path).shape[1] > 2 * command.CELL * command.DPI
 
 
-def test_grad_cam(home, drawn, tmp_path):
+def test_grad_cam(home, built, drawn, tmp_path):
     files = run('visualize_grad_cam', *home.command, '--out', tmp_path)
     assert files == [str(tmp_path / f'{i}_grad_cam.png') for i in range(2)]
     for figure, seen, image in zip(drawn, home.seen, home.images):
@@ -109,7 +116,7 @@ def test_contmix(home, drawn, tmp_path):
         assert np.array_equal(image_of(axes), (kernels.small, kernels.large)[i // 2][i % 2])
 
 
-def test_features(home, drawn, tmp_path):
+def test_features(home, built, drawn, tmp_path):
     run('visualize_features', *home.command[:2], home.root / 'pictures' / '0.png', '--channels', 2, '--out', tmp_path)
     maps = vis.feature_maps(home.model, home.images[0])
     rows = np.reshape(drawn[0].axes, (6, 3))
@@ -121,7 +128,7 @@ def test_features(home, drawn, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['0_features.png']
 
 
-def test_receptive_field(home, drawn, tmp_path, capsys):
+def test_receptive_field(home, built, drawn, tmp_path, capsys):
     sizes = ['--size', 64, '--layers', 'stage1', 'focus4']
     areas = run('visualize_erf', *home.command, *sizes, '--out', tmp_path / 'a.png')
     small = [vis.normalize(home.model, cv2.resize(p, (64, 64), interpolation=cv2.INTER_AREA)) for p in home.seen]
@@ -157,20 +164,16 @@ def test_a_variant_and_an_official_checkpoint(home, drawn, tmp_path, monkeypatch
     assert np.array_equal(image_of(drawn[0].axes[1]), image_of(drawn[1].axes[1]))
 
 
-@pytest.mark.parametrize('task', ['det', 'seg'])
-def test_dense_models(task, home, drawn, tmp_path, roots):
+@pytest.mark.parametrize('task, view, size', [('det', 'overview', 64), ('seg', 'contmix', 96)])
+def test_dense_models(task, view, size, home, drawn, tmp_path, roots):
     pytest.importorskip(dict(det='mmdet', seg='mmseg')[task])
     config = write_config(tmp_path / 'tiny.py', task, roots[task])
-    out = ['none', home.root / 'pictures' / '0.png', '--out', tmp_path / 'a.png']
-    run('visualize_overview', config, *out)
-    assert titles(drawn[0]) == ['0', 'overview']
-    size = 64 if task == 'det' else 96  # the detector's test pipeline resizes
-    assert image_of(drawn[0].axes[0]).shape == (size, size, 3)
-    run('visualize_contmix', config, *out, '--size', 128)
-    assert image_of(drawn[1].axes[0]).shape == (128, 128, 3)
+    run(f'visualize_{view}', config, 'none', home.root / 'pictures' / '0.png', '--out', tmp_path / 'a.png')
+    assert titles(drawn[0])[0] == ('0' if task == 'det' else '0, focus4.0, map 5 x 5')  # 3 x 3, enlarged to the window
+    assert image_of(drawn[0].axes[0]).shape == (size, size, 3)  # the detector's test pipeline resizes
 
 
-def test_mistakes_are_one_line_and_leave_no_file(home, tmp_path, capsys):
+def test_mistakes_are_one_line_and_leave_no_file(home, tmp_path, capsys, monkeypatch):
     out = tmp_path / 'out' / 'a.png'
     config, checkpoint, folder = home.command
     (tmp_path / 'b.png').write_text('no picture')
@@ -178,10 +181,11 @@ def test_mistakes_are_one_line_and_leave_no_file(home, tmp_path, capsys):
     def call(name, args, *words):
         fails(capsys, out, lambda: run(name, *args, '--out', out), *words)
 
-    call('visualize_overview', [config, checkpoint, 'no.png'], 'no.png')
-    call('visualize_overview', [config, checkpoint, tmp_path / 'b.png'], 'b.png', 'cannot be read')
     call('visualize_overview', [config, 'no.pth', folder], 'checkpoint not found')
     call('visualize_overview', ['huge', checkpoint, folder], 'huge')
+    monkeypatch.setattr(command, 'build', lambda args, classifier=False: home.subject)
+    call('visualize_overview', [config, checkpoint, 'no.png'], 'no.png')
+    call('visualize_overview', [config, checkpoint, tmp_path / 'b.png'], 'b.png', 'cannot be read')
     call('visualize_overview', [config, checkpoint, folder, '--target', 'cow'], "no class 'cow'", 'cat, dog')
     call('visualize_grad_cam', [config, checkpoint, folder, '--layers', 'focus9'], "no layer 'focus9'")
     call('visualize_erf', [config, checkpoint, folder, '--size', '0'], '--size must be positive')
