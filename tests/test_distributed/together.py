@@ -193,7 +193,7 @@ SETTINGS = [
     ('det', dict(frozen_stages=2, norm_eval=True)),
     ('det', dict(out_indices=(3,), with_cp=True)),
     ('seg', dict(frozen_stages=6)),
-    *[('seg', dict(out_indices=indices)) for indices in ((0,), (1,), (0, 1), (2,), (0, 2), (3,), (1, 2, 3))],
+    *[('seg', dict(out_indices=indices)) for indices in ((0,), (0, 1), (1, 2))],
 ]
 
 
