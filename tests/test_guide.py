@@ -96,7 +96,7 @@ def run(folder, argv):
     context.set_forkserver_preload(PRELOAD)
     process = context.Process(target=_run, args=(str(folder), argv, str(log)))
     process.start()
-    process.join(300)
+    process.join(900)
     if process.exitcode is None:
         process.kill()
     assert process.exitcode == 0, f'{shlex.join(argv)}: exit code {process.exitcode}\n{log.read_text()}'
