@@ -160,16 +160,20 @@ def run(folder, argv, extra=(), timeout=240):
     Returns:
         str: What it said.
     """
+    alone = {}  # what torchrun tells its processes
     if argv[:2] == ['-m', 'torch.distributed.run']:  # one process instead of several
-        argv = [a for a in argv[next(i for i, a in enumerate(argv) if a.endswith('.py')) :]]
-        at = argv.index('--launcher')
-        argv = argv[:at] + argv[at + 2 :]
+        argv = argv[next(i for i, a in enumerate(argv) if a.endswith('.py')) :]
+        if '--launcher' in argv:
+            at = argv.index('--launcher')
+            argv = argv[:at] + argv[at + 2 :]
+        else:
+            alone = dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
     argv = [a for a in argv if a != '--amp'] + list(extra)  # AMP needs a GPU, which the tools say
     log = folder / '.log'
     log.unlink(missing_ok=True)
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=_run, args=(str(folder), argv, str(log)))
+    process = context.Process(target=_run, args=(str(folder), argv, str(log), alone))
     process.start()
     process.join(timeout)
     said = log.read_text() if log.exists() else ''
@@ -180,7 +184,7 @@ def run(folder, argv, extra=(), timeout=240):
     return said
 
 
-def _run(folder, argv, log):
+def _run(folder, argv, log, environment):
     with open(log, 'ab', buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -188,7 +192,7 @@ def _run(folder, argv, log):
     sys.stderr = os.fdopen(2, 'w', buffering=1, closefd=False)
     os.chdir(folder)
     torch.set_num_threads(1)
-    os.environ.update(CUDA_VISIBLE_DEVICES='', TORCH_HOME=f'{folder}/.torch')
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES='', TORCH_HOME=f'{folder}/.torch')
     make_smaller()
     for argument in argv[1:]:
         provide(argument, argv)

@@ -1,6 +1,6 @@
 """Every command in the documentation runs.
 
-A page's commands run in their order in one folder, as a reader types them; ``sandbox.py`` says what is made smaller.
+They run in their order in one folder, as a reader types them; ``sandbox.py`` says what is made smaller.
 """
 
 import re
@@ -14,13 +14,14 @@ from pages import PAGES, ROOT, commands
 #: Flags added to a tool's own, where a command is of a size that needs a GPU. The last of two equal flags counts.
 SMALLER = {
     'tools/analysis/benchmark.py': '--device cpu --dtype fp32 --batch 1 --shape 64 --iters 1 --warmup 1'.split(),
-    'tools/analysis/profile.py': '--device cpu --dtype fp32 --batch 1 --shape 64 --iters 1 --warmup 1'.split(),
+    'tools/analysis/profile.py': '--device cpu --dtype fp32 --batch 2 --shape 64 --steps 1'.split(),
     'tools/analysis/train_speed.py': '--iters 1 --warmup 1 --batch-size 2'.split(),
+    'tools/analysis/scaling.py': '--batch-size 2 --size 64 --iters 1 --warmup 0'.split(),
+    'tools/analysis/feeding.py': '--number 4 --rounds 1'.split(),
 }
 
 #: Commands that do not run here: a regular expression, and why.
 NOT_HERE = {
-    r'benchmark_(contmix|depthwise)\.py': 'times kernels on a GPU; tests/test_ops runs them in the interpreter',
     r'benchmark\.py --suite': 'a hundred rows; tests/test_tools/test_benchmark.py builds the suites',
     r'web_demo\.py': 'serves until it is stopped; tests/test_web starts it and drives the page',
 }
@@ -33,17 +34,29 @@ def not_here(command):
     return next((why for pattern, why in NOT_HERE.items() if re.search(pattern, command)), None)
 
 
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return sandbox.make(tmp_path_factory.mktemp('reader'))
+
+
+@pytest.fixture(scope='module')
+def done():
+    """Commands that ran: one that stands on two pages runs once."""
+    return set()
+
+
 @pytest.mark.parametrize('page', [p for p in PAGES if commands(p) and p.stem not in FOLLOWED], ids=lambda p: p.stem)
-def test_commands(page, tmp_path):
-    folder = sandbox.make(tmp_path)
+def test_commands(page, folder, done):
     for command in commands(page):
-        if not_here(command):
+        if not_here(command) or command in done:
             continue
         for program, *argv in sandbox.call(folder, command):
             if program == 'python':
-                sandbox.run(folder, argv, SMALLER.get(argv[0], ()))
+                script = next(a for a in argv if a.endswith('.py'))
+                sandbox.run(folder, argv, SMALLER.get(script, ()))
             else:
                 CHECKS[program](argv)
+        done.add(command)
 
 
 def check_make(argv):
