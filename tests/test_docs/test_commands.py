@@ -17,12 +17,15 @@ SMALLER = {
     'tools/analysis/profile.py': '--device cpu --dtype fp32 --batch 2 --shape 64 --steps 1'.split(),
     'tools/analysis/train_speed.py': '--iters 1 --warmup 1 --batch-size 2'.split(),
     'tools/analysis/scaling.py': '--batch-size 2 --size 64 --iters 1 --warmup 0'.split(),
+    'tools/deploy/export.py': '--exporter torchscript --dynamic batch --shape 64 64'.split(),
+    'tools/deploy/quantize.py': '--samples 4'.split(),
     'tools/analysis/feeding.py': '--number 4 --rounds 1'.split(),
 }
 
 #: Commands that do not run here: a regular expression, and why.
 NOT_HERE = {
     r'benchmark\.py --suite': 'a hundred rows; tests/test_tools/test_benchmark.py builds the suites',
+    r'^trtexec': 'TensorRT runs on GPUs alone; no file of ours has been through it, as the page says',
     r'web_demo\.py': 'serves until it is stopped; tests/test_web starts it and drives the page',
 }
 
