@@ -78,7 +78,7 @@ def quantize(
 
     Raises:
         ExportError: A package is missing.
-        ValueError: There is nothing to quantise, or no image to learn from.
+        ValueError: There is nothing to quantise, no image to learn from, or the file does not take the images.
     """
     need('onnx', 'onnxruntime')
     from onnxruntime import quantization
@@ -102,22 +102,30 @@ def quantize(
         nodes = [name for name in weighted(prepared, operators) if not exclude(name)]
         if not nodes:
             raise ValueError('no node is left to quantise')
-        quantization.quantize_static(
-            prepared,
-            out,
-            Reader(),
-            quant_format=quantization.QuantFormat.QDQ,
-            per_channel=True,
-            # Weights of seven bits: processors without VNNI add two products in 16 bits, and eight overflow unseen.
-            reduce_range=True,
-            activation_type=quantization.QuantType[settings['activation']],
-            weight_type=quantization.QuantType.QInt8,
-            nodes_to_quantize=nodes,
-            calibrate_method=quantization.CalibrationMethod[method],
-            extra_options=dict(
-                ActivationSymmetric=settings['symmetric'], WeightSymmetric=True, QuantizeBias=settings['biases']
-            ),
-        )
+        try:
+            quantization.quantize_static(
+                prepared,
+                out,
+                Reader(),
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+                # Weights of seven bits: processors without VNNI add two products in 16 bits, and eight overflow unseen.
+                reduce_range=True,
+                activation_type=quantization.QuantType[settings['activation']],
+                weight_type=quantization.QuantType.QInt8,
+                nodes_to_quantize=nodes,
+                calibrate_method=quantization.CalibrationMethod[method],
+                extra_options=dict(
+                    ActivationSymmetric=settings['symmetric'], WeightSymmetric=True, QuantizeBias=settings['biases']
+                ),
+            )
+        except Exception as error:
+            if not type(error).__module__.startswith('onnxruntime'):
+                raise
+            raise ValueError(
+                f'{path} does not run on the pictures of the data set ({str(error).splitlines()[0][:200]}): export it '
+                'for their size, with --shape and --dynamic batch'
+            ) from error
     return nodes
 
 

@@ -80,6 +80,9 @@ def test_what_stays_float(file, tmp_path):
         quantize.quantize(path, out, batches(1), exclude=lambda name: True)
     with pytest.raises(ValueError, match='no image to learn'):
         quantize.quantize(path, out, [])
+    with pytest.raises(ValueError, match='does not run on the pictures.*--dynamic batch'):
+        quantize.quantize(path, str(tmp_path / 'c.onnx'), batches(1, 16))
+    assert not (tmp_path / 'c.onnx').exists()
 
 
 def data_sample(task):
