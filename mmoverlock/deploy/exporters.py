@@ -226,7 +226,7 @@ def export_onnx(
     else:
         raise ExportError(f"exporter must be 'auto', 'dynamo' or 'torchscript', got {exporter!r}")
     proto = onnx.load(path)
-    _clip_integers(proto)
+    _spell_out(proto)
     _name_axes(proto, open_axes(dynamic))
     if isinstance(model, Detector):  # the exporter loses these sizes at the suppression
         for output, sizes in zip(proto.graph.output, model.output_shapes('batch' if dynamic != 'none' else 1)):
@@ -291,24 +291,34 @@ def _name_axes(proto, axes: Dict[int, str]) -> None:
                 dim.dim_param = re.sub(r'\w+', lambda word: names.get(word[0], word[0]), dim.dim_param)
 
 
-def _clip_integers(proto) -> None:
-    """Clip of integers, which TensorRT does not have, as Max and Min, which it has."""
+def _spell_out(proto) -> None:
+    """What TensorRT has no operator for, in operators that it has, with equal results.
+
+    Clip of integers becomes Max and Min, Equal of booleans becomes Xor and Not.
+    """
     import onnx
 
+    graph = proto.graph
     types = {v.name: v.type.tensor_type.elem_type for v in onnx.shape_inference.infer_shapes(proto).graph.value_info}
+    types.update((tensor.name, tensor.data_type) for tensor in graph.initializer)
     nodes = []
-    for node in proto.graph.node:
-        if node.op_type != 'Clip' or types.get(node.input[0]) not in (onnx.TensorProto.INT64, onnx.TensorProto.INT32):
+    for node in graph.node:
+        kind, (out, *_), made = types.get(node.input[0] if node.input else ''), node.output, None
+        if node.op_type == 'Clip' and kind in (onnx.TensorProto.INT64, onnx.TensorProto.INT32):
+            made = [(op, bound) for op, bound in zip(('Max', 'Min'), node.input[1:]) if bound]
+        elif node.op_type == 'Equal' and kind == onnx.TensorProto.BOOL:
+            made = [('Xor', node.input[1]), ('Not', None)]
+        if not made:
             nodes.append(node)
             continue
-        bounds = [(op, bound) for op, bound in zip(('Max', 'Min'), node.input[1:]) if bound]
         value = node.input[0]
-        for i, (op, bound) in enumerate(bounds):
-            out = node.output[0] if i + 1 == len(bounds) else f'{node.output[0]}_{op}'
-            nodes.append(onnx.helper.make_node(op, [value, bound], [out], f'{node.name}_{op}'))
-            value = out
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
+        for i, (op, other) in enumerate(made):
+            result = out if i + 1 == len(made) else f'{out}_{op}'
+            inputs = [value] if other is None else [value, other]
+            nodes.append(onnx.helper.make_node(op, inputs, [result], f'{result}_{op}'))
+            value = result
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def export(

@@ -133,6 +133,7 @@ BLOCK_SIZES = [(1, 5, 5), (3, 9, 6), (2, 17, 20)]
 def test_onnx_by_the_dynamo_exporter(block, tmp_path):
     path = str(tmp_path / 'a.onnx')
     assert 'dynamo' in deploy.export(block, path, 'onnx', (6, 8), exporter='dynamo')
+    assert tensorrt.problems(path) == []
     run = deploy.load(path, 'onnx')
     rows = deploy.compare(block, run, images(BLOCK_SIZES, channels=8))
     assert max(row.error for row in rows) <= 1e-4, rows
@@ -245,3 +246,26 @@ def test_nothing_stays_changed():
         assert F.adaptive_avg_pool2d is exporters.adaptive_avg_pool2d and not torch.is_grad_enabled()
         warnings.warn('not seen', UserWarning, stacklevel=1)
     assert (F.adaptive_avg_pool2d, dict(exporters.os.environ)) == before and torch.is_grad_enabled()
+
+
+@onnx
+def test_what_tensorrt_lacks_is_spelled_out(tmp_path):
+    """Integers that are clipped, with one bound or two, and booleans that are compared."""
+    import numpy as np
+    import onnx
+    import onnxruntime
+
+    parts = """
+        <ir_version: 9, opset_import: ["" : 18]>
+        g (int64[N] x, bool[N] a, bool[N] b) => (int64[N] both, int64[N] low, bool[N] same)
+        <int64 two = {2}, int64 five = {5}> {
+            y = Identity(x)  c = Identity(a)
+            both = Clip(y, two, five)  low = Clip(y, two)  same = Equal(c, b)
+        }"""
+    proto = onnx.parser.parse_model(parts)
+    feed = dict(x=np.arange(8), a=np.arange(8) % 2 > 0, b=np.arange(8) % 3 > 0)
+    before = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, feed)
+    exporters._spell_out(proto)
+    assert not {'Clip', 'Equal'} & {node.op_type for node in proto.graph.node}
+    after = onnxruntime.InferenceSession(proto.SerializeToString()).run(None, feed)
+    assert all((x == y).all() for x, y in zip(before, after))
