@@ -7,6 +7,7 @@ backbone decides for itself, and calls ``mmoverlock.compat.apply()`` before it l
 Resuming under torch >= 2.6 needs no patch: ``mmoverlock.checkpoints`` registers a loader with mmengine instead.
 """
 
+import importlib
 import sys
 from importlib import metadata, util
 from typing import Optional, Tuple
@@ -111,7 +112,44 @@ def refuse_unsafe_downloads() -> bool:
     return True
 
 
-PATCHES = (skip_multimodal_models, find_mmseg_configs, refuse_unsafe_checkpoints, refuse_unsafe_downloads)
+def focal_loss_in_float32() -> bool:
+    """Have mmcv's focal loss (RetinaNet's) computed in float32 under autocast.
+
+    Its CUDA kernel keeps a probability from zero with ``(T)FLT_MIN``, which is zero in float16: a logit beyond about 17
+    gives zero times log(0), NaN, and a RetinaNet of any backbone stops learning once it is sure of something. It has no
+    kernel for bfloat16 at all. mmdet takes the function by name, so both names of it are replaced.
+
+    Returns:
+        bool: Whether the function was replaced.
+    """
+    if util.find_spec('mmcv') is None:
+        return False
+    try:
+        ops = importlib.import_module('mmcv.ops')
+    except ImportError:  # an mmcv without operators has no focal loss; the tools say what to do about it
+        return False
+    original = ops.sigmoid_focal_loss
+    if getattr(original, '_mmoverlock', False):
+        return False
+
+    def sigmoid_focal_loss(input, target, *args):
+        return original(input.float(), target, *args)
+
+    sigmoid_focal_loss._mmoverlock = True
+    for name in ('mmcv.ops', 'mmcv.ops.focal_loss', 'mmdet.models.losses.focal_loss'):
+        for attribute in ('sigmoid_focal_loss', '_sigmoid_focal_loss'):
+            if getattr(sys.modules.get(name), attribute, None) is original:
+                setattr(sys.modules[name], attribute, sigmoid_focal_loss)
+    return True
+
+
+PATCHES = (
+    skip_multimodal_models,
+    find_mmseg_configs,
+    refuse_unsafe_checkpoints,
+    refuse_unsafe_downloads,
+    focal_loss_in_float32,
+)
 
 
 def apply() -> Tuple[str, ...]:

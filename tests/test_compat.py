@@ -146,7 +146,8 @@ def test_apply_names_what_it_changed(monkeypatch):
     installed(monkeypatch, onedl_mmsegmentation=1)
     monkeypatch.delattr(checkpoint, '_safe_torch_load', raising=False)
     monkeypatch.setitem(MODULE2PACKAGE, 'mmseg', 'mmsegmentation')
-    compat.refuse_unsafe_downloads()  # in force already where another test came first
+    compat.refuse_unsafe_downloads()  # these two are in force already where another test came first
+    compat.focal_loss_in_float32()
     assert compat.apply() == ('find_mmseg_configs',)
     assert compat.apply() == ()
 
@@ -171,3 +172,36 @@ def test_importing_the_package_patches_nothing():
         "assert not {'mmoverlock.compat', 'mmpretrain', 'mmcv'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_focal_loss_is_computed_in_float32(monkeypatch):
+    """mmcv's kernel gives NaN in half precision; mmdet's RetinaNet must get the replacement, and a gradient in half."""
+    import mmcv.ops
+    from mmdet.models.losses import focal_loss
+
+    seen = []
+
+    def kernel(input, target, gamma, alpha, weight, reduction):
+        seen.append(input.dtype)
+        return input * 2
+
+    for module, name in (
+        (mmcv.ops, 'sigmoid_focal_loss'),
+        (mmcv.ops.focal_loss, 'sigmoid_focal_loss'),
+        (focal_loss, '_sigmoid_focal_loss'),
+    ):
+        monkeypatch.setattr(module, name, kernel)
+    assert compat.focal_loss_in_float32()
+    assert not compat.focal_loss_in_float32(), 'a second call has nothing to do'
+    for dtype in (torch.float16, torch.bfloat16):
+        pred = torch.full((3, 2), 18.0, dtype=dtype, requires_grad=True)
+        loss = focal_loss.sigmoid_focal_loss(pred, torch.zeros(3, dtype=torch.long))
+        loss.backward()
+        assert loss.dtype == torch.float32 and pred.grad.dtype == dtype
+    assert seen == [torch.float32] * 2
+    assert mmcv.ops.sigmoid_focal_loss is mmcv.ops.focal_loss.sigmoid_focal_loss is focal_loss._sigmoid_focal_loss
+
+
+def test_focal_loss_patch_leaves_an_mmcv_without_operators_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'mmcv.ops', None)
+    assert not compat.focal_loss_in_float32()

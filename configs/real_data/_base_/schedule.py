@@ -1,6 +1,6 @@
 # One optimizer and one budget for every backbone; the data set's base file sets the iterations.
 optim_wrapper = dict(
-    type='AmpOptimWrapper',  # fp16: mmcv's focal loss knows no bf16
+    type='AmpOptimWrapper',  # fp16
     optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
     clip_grad=dict(max_norm=5.0),
     # No decay on norms, biases and other 1-D parameters (ConvNeXt's layer scale is one); as in the ImageNet recipe,
