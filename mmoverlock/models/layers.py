@@ -1,5 +1,6 @@
 """Small layers that the blocks are made of."""
 
+import functools
 from typing import Optional, Tuple
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import depthwise_conv2d
+from ..ops import depthwise_conv2d, depthwise_conv2d_branches
 from ..ops.autocast import no_autocast
 
 # Parallel branches (kernel size, dilation) of the re-parameterised large kernel, per size.
@@ -287,9 +288,6 @@ class _Branch(nn.Module):
         self.conv = DepthwiseConv(channels, kernel_size, dilation)
         self.bn = nn.BatchNorm2d(channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
-
 
 class LargeKernelConv(nn.Module):
     """Dilated re-parameterised large depthwise kernel: a sum of convolutions, each with a batch norm.
@@ -323,10 +321,10 @@ class LargeKernelConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.deploy:
             return self.conv(x)
-        out = self.bn(self.conv(x))
-        for branch in self.branches.values():
-            out = out + branch(x)
-        return out
+        # All convolutions in one call: they read the same map, and a network has hundreds of them.
+        paths = [self, *self.branches.values()]
+        maps = depthwise_conv2d_branches(x, [p.conv.weight for p in paths], [p.conv.dilation[0] for p in paths])
+        return functools.reduce(torch.add, (path.bn(y) for path, y in zip(paths, maps)))
 
     @torch.no_grad()
     def merge_branches(self) -> None:

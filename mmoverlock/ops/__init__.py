@@ -2,6 +2,6 @@
 
 from .backends import BackendError, available_backends
 from .contmix import contmix
-from .depthwise import depthwise_conv2d
+from .depthwise import depthwise_conv2d, depthwise_conv2d_branches
 
-__all__ = ['BackendError', 'available_backends', 'contmix', 'depthwise_conv2d']
+__all__ = ['BackendError', 'available_backends', 'contmix', 'depthwise_conv2d', 'depthwise_conv2d_branches']

@@ -4,7 +4,7 @@ import types
 import pytest
 import torch
 
-from mmoverlock.ops import BackendError, depthwise_conv2d
+from mmoverlock.ops import BackendError, depthwise_conv2d, depthwise_conv2d_branches
 
 
 def by_loops(x, weight, bias, dilation):
@@ -44,6 +44,18 @@ def test_gradcheck():
 def test_weight_that_does_not_fit(shape):
     with pytest.raises(ValueError, match='weight has shape'):
         depthwise_conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(shape))
+
+
+def test_branches_are_single_convolutions():
+    x = torch.randn(2, 3, 9, 8)
+    weights, dilations = [torch.randn(3, 1, k, k) for k in (7, 3, 5)], [1, 3, 2]
+    outs = depthwise_conv2d_branches(x, weights, dilations)
+    for out, weight, dilation in zip(outs, weights, dilations):
+        torch.testing.assert_close(out, depthwise_conv2d(x, weight, None, dilation))
+    with pytest.raises(ValueError, match='3 weights, but 2 dilations'):
+        depthwise_conv2d_branches(x, weights, dilations[:2])
+    with pytest.raises(ValueError, match='expected'):
+        depthwise_conv2d_branches(x, [weights[0], weights[1][:2]], dilations[:2])
 
 
 def test_implicit_gemm_says_why_it_cannot(monkeypatch):

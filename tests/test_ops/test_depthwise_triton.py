@@ -56,7 +56,7 @@ def test_order_of_preference():
 @pytest.mark.parametrize('batch, height', [(1, 1), (2, 14), (128, 14), (2, 200)])
 def test_plan_covers_the_map(dtype, size, dilation, width, batch, height):
     x = torch.empty(batch, 3, height, width, dtype=dtype, device='meta')
-    plan = fused._Plan.of(x, size, dilation, 64, 128)
+    plan = fused._Plan.of(x.shape, x.dtype, size, dilation, 64, 128)
     (down, across), (rows, columns), (up, left) = plan.tile, plan.window, plan.before
     reach = dilation * (size // 2)
     assert plan.across * across >= width and plan.strips * down >= height

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from mmoverlock.ops import depthwise_conv2d
+from mmoverlock.ops import depthwise_conv2d, depthwise_conv2d_branches
 from mmoverlock.ops.depthwise import triton as fused
 
 CUDA = torch.cuda.is_available()
@@ -192,3 +192,68 @@ def test_cuda_graph():
     x.copy_(torch.randn_like(x))
     graph.replay()
     torch.testing.assert_close(out, fast(x, weight, bias, 1), rtol=0, atol=0)
+
+
+BRANCHES = ((13, 1), (5, 1), (7, 2), (3, 5))
+
+
+def branch_arguments(shape, dtype):
+    x, *_ = arguments(shape, 1, dtype)
+    return x, [arguments(shape, size)[1] for size, _ in BRANCHES], [dilation for _, dilation in BRANCHES]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+@pytest.mark.parametrize('shape', [(2, 2, 9, 14), (1, 1, 5, 37)])
+def test_branches_equal_the_definition(shape, dtype):
+    x, weights, dilations = branch_arguments(shape, dtype)
+    exact, *exact_weights = (t.detach().to(dtype).double().requires_grad_() for t in (x, *weights))
+    expected = depthwise_conv2d_branches(exact, exact_weights, dilations, backend='reference')
+    cotangents = [torch.randn(shape, generator=torch.Generator().manual_seed(n)).to(x) for n in range(len(weights))]
+    wide = [c.double() for c in cotangents]
+    gradients = torch.autograd.grad(expected, (exact, *exact_weights), wide)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # poisons what is not written with NaN
+    try:
+        outs = depthwise_conv2d_branches(x, weights, dilations, backend='triton')
+        found = torch.autograd.grad(outs, (x, *weights), cotangents)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(out.dtype == dtype for out in outs) and all(g.dtype == torch.float32 for g in found[1:])
+    for a, b in zip((*outs, *found), (*expected, *gradients)):
+        assert ((a.double() - b).norm() / b.norm()).item() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize('frozen', ['x', 'weights', 'unused'])
+def test_branches_only_what_is_needed(frozen):
+    x, weights, dilations = branch_arguments((1, 1, 13, 13), torch.float32)
+    (x if frozen == 'x' else weights[0]).requires_grad_(frozen == 'unused')
+    for weight in weights:
+        weight.requires_grad_(frozen != 'weights')
+    results = []
+    for backend in ('triton', 'reference'):
+        outs = depthwise_conv2d_branches(x, weights, dilations, backend=backend)
+        outs = outs[1:3] if frozen == 'unused' else outs
+        wanted = [t for t in (x, *weights) if t.requires_grad]
+        results.append(torch.autograd.grad(sum(o.square().sum() for o in outs), wanted, materialize_grads=True))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_branches_second_derivative():
+    x, weights, dilations = branch_arguments((1, 1, 3, 4), torch.float32)
+    results = []
+    for backend in ('triton', 'reference'):
+        outs = depthwise_conv2d_branches(x, weights, dilations, backend=backend)
+        first = torch.autograd.grad(sum(o.square().sum() for o in outs), (x, *weights), create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), (x, *weights)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_branches_registered_as_torch_asks():
+    x, weights, dilations = branch_arguments((1, 1, 4, 6), torch.float32)
+    checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
+    torch.library.opcheck(fused._branches, (x, weights, dilations), test_utils=checks)
+    inputs = x.detach(), [w.detach() for w in weights]
+    for wanted in ((True, True), (True, False), (False, True)):
+        grads = [torch.randn_like(inputs[0]) for _ in weights]
+        torch.library.opcheck(fused._branches_grad, (grads, *inputs, dilations, *wanted), test_utils=checks)

@@ -303,10 +303,10 @@ def resources(cases, dtype, capability=90):
             (kernels.depthwise_weight_grad_kernel, fused.grad_launch),
         )
         for kernel, launch in launches:
-            constants = launch(x, size, dilation)[1]
+            constants = dict(launch(x, size, dilation)[1])
             options = {o: constants.pop(o) for o in ('num_warps', 'num_stages')}
             if kernel is kernels.depthwise_forward_kernel:
-                constants['BIAS'] = True
+                constants.update(BIAS=True, ADD=False)
             signature, values, hints = {}, {}, {}
             for place, argument in enumerate(kernel.arg_names):
                 if argument in constants:

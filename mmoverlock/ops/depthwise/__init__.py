@@ -1,6 +1,6 @@
 """Depthwise convolution with large (5 … 19) or dilated small kernels, stride 1, size kept."""
 
-from typing import Optional
+from typing import Callable, List, Optional, Sequence
 
 from torch import Tensor
 
@@ -8,8 +8,22 @@ from ..backends import Backend, dispatch, register
 from .implicit_gemm import depthwise_conv2d_implicit_gemm
 from .implicit_gemm import refuse as refuse_implicit_gemm
 from .reference import depthwise_conv2d_reference
-from .triton import depthwise_conv2d_triton
+from .triton import depthwise_conv2d_branches_triton, depthwise_conv2d_triton, refuse_branches
 from .triton import refuse as refuse_triton
+
+
+def _one_by_one(run: Callable) -> Callable:
+    """A backend of single convolutions as one of :func:`depthwise_conv2d_branches`."""
+
+    def run_branches(x, weights, dilations):
+        return [run(x, weight, None, dilation) for weight, dilation in zip(weights, dilations)]
+
+    return run_branches
+
+
+def _refuse_branches_implicit_gemm(x, weights, dilations) -> Optional[str]:
+    return next(filter(None, (refuse_implicit_gemm(x, w, None, d) for w, d in zip(weights, dilations))), None)
+
 
 register(
     'depthwise_conv2d',
@@ -17,6 +31,19 @@ register(
         Backend('triton', depthwise_conv2d_triton, refuse_triton),
         Backend('reference', depthwise_conv2d_reference, lambda *args: None),
         Backend('implicit_gemm', depthwise_conv2d_implicit_gemm, refuse_implicit_gemm, auto=False),
+    ],
+)
+register(
+    'depthwise_conv2d_branches',
+    [
+        Backend('triton', depthwise_conv2d_branches_triton, refuse_branches),
+        Backend('reference', _one_by_one(depthwise_conv2d_reference), lambda *args: None),
+        Backend(
+            'implicit_gemm',
+            _one_by_one(depthwise_conv2d_implicit_gemm),
+            _refuse_branches_implicit_gemm,
+            auto=False,
+        ),
     ],
 )
 
@@ -45,9 +72,42 @@ def depthwise_conv2d(
         ValueError: The weight does not fit the channels, or its size is even.
         BackendError: The named backend cannot take the call.
     """
+    _check(x, weight)
+    return dispatch('depthwise_conv2d', backend, x, weight, bias, dilation)
+
+
+def depthwise_conv2d_branches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    backend: str = 'auto',
+) -> List[Tensor]:
+    """Several convolutions of one map, as :func:`depthwise_conv2d` without bias: what a re-parameterised large kernel
+    does while it trains.
+
+    Args:
+        x (Tensor): (B, C, H, W).
+        weights (Sequence[Tensor]): (C, 1, k, k) each, k odd.
+        dilations (Sequence[int]): One for each of them.
+        backend (str): As of :func:`depthwise_conv2d`; it takes all branches or refuses. Defaults to ``'auto'``.
+
+    Returns:
+        list[Tensor]: (B, C, H, W) each.
+
+    Raises:
+        ValueError: A weight does not fit the channels, or its size is even; or there are not as many dilations.
+        BackendError: The named backend cannot take the call.
+    """
+    if len(weights) != len(dilations):
+        raise ValueError(f'depthwise_conv2d_branches: {len(weights)} weights, but {len(dilations)} dilations')
+    for weight in weights:
+        _check(x, weight)
+    return dispatch('depthwise_conv2d_branches', backend, x, weights, dilations)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
     channels, size = x.shape[1], weight.shape[-1]
     if weight.dim() != 4 or weight.shape != (channels, 1, size, size) or size % 2 == 0:
         raise ValueError(
             f'depthwise_conv2d: weight has shape {tuple(weight.shape)}, expected ({channels}, 1, k, k) with odd k'
         )
-    return dispatch('depthwise_conv2d', backend, x, weight, bias, dilation)

@@ -1,13 +1,14 @@
 """Depthwise convolution in Triton, on tensor cores; forward, input gradient and weight gradient.
 
-Two ``torch.library`` operators, ``mmoverlock::depthwise_conv2d`` and ``mmoverlock::depthwise_conv2d_weight_grad``:
-``torch.compile``, CUDA graphs, checkpointing and export see calls of known shapes. The kernels are in
+``torch.library`` operators, ``mmoverlock::depthwise_conv2d`` and ``mmoverlock::depthwise_conv2d_branches`` with their
+gradients: ``torch.compile``, CUDA graphs, checkpointing and export see calls of known shapes. The kernels are in
 ``triton_kernels``, which is imported at the first call: importing the package must not need Triton.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Optional, Tuple
+from functools import lru_cache
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -57,13 +58,21 @@ def refuse(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> 
     if bias is not None:
         tensors['bias'] = bias
     reason = refuse_tensors(tensors)
-    if reason:
-        return reason
+    return reason or _refuse_sizes(x, weight, dilation)
+
+
+def _refuse_sizes(x: Tensor, weight: Tensor, dilation: int) -> Optional[str]:
     if dilation * (weight.shape[-1] - 1) > _MAX_COLUMNS - 32:
         return f'the kernel spans {dilation * (weight.shape[-1] - 1) + 1} pixels, it takes {_MAX_COLUMNS - 31}'
     if 0 in x.shape:
         return 'a tensor is empty'
     return None
+
+
+def refuse_branches(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> Optional[str]:
+    """Why the kernels cannot serve the call with all these branches, or None."""
+    reason = refuse_tensors(dict(x=x, **{f'weight {n}': weight for n, weight in enumerate(weights)}))
+    return reason or next(filter(None, (_refuse_sizes(x, w, d) for w, d in zip(weights, dilations))), None)
 
 
 def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
@@ -72,10 +81,22 @@ def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], d
     Computes in the type of ``x``, or in that of autocast, with sums in float32; ``weight`` and ``bias`` may be of
     another type and are rounded on the way. A value that is not finite may reach all outputs within 32 pixels of it.
     """
+    return torch.ops.mmoverlock.depthwise_conv2d(_input(x), weight, bias, dilation, False)
+
+
+def depthwise_conv2d_branches_triton(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> List[Tensor]:
+    """As :func:`depthwise_conv2d_triton` with every kernel, without bias, in one operator: one call from Python instead
+    of one a branch each way, and one sum for the gradient of ``x``.
+    """
+    return torch.ops.mmoverlock.depthwise_conv2d_branches(_input(x), list(weights), list(dilations))
+
+
+def _input(x: Tensor) -> Tensor:
+    """``x`` contiguous, in the type to compute in."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    return torch.ops.mmoverlock.depthwise_conv2d(x.contiguous(), weight, bias, dilation, False)
+    return x.contiguous()
 
 
 @dataclass(frozen=True)
@@ -95,19 +116,20 @@ class _Plan:
     flat: bool
 
     @classmethod
-    def of(cls, x: Tensor, size: int, dilation: int, area: int, lanes: int) -> '_Plan':
+    def of(cls, shape, dtype: torch.dtype, size: int, dilation: int, area: int, lanes: int) -> '_Plan':
         """Plans a convolution.
 
         Args:
-            x (Tensor): The map.
+            shape (torch.Size): Of the map, (B, C, H, W).
+            dtype (torch.dtype): Of the map.
             size (int): K.
             dilation (int): DIL.
             area (int): Pixels that a tile may have.
             lanes (int): Tiles that a program would like to have.
         """
-        batch, _, height, width = x.shape
+        batch, _, height, width = shape
         reach = size // 2 * dilation
-        most = max(1, TUNING.vector // x.element_size())
+        most = max(1, TUNING.vector // dtype.itemsize)
         row = math.gcd(width, most)
         left = -(-reach // row) * row
         # A narrow map is its own window: nothing beyond its borders is multiplied.
@@ -183,31 +205,49 @@ class _Plan:
 
 def forward_launch(x: Tensor, size: int, dilation: int) -> Tuple[_Plan, dict]:
     """Plan, and constants and options of ``depthwise_forward_kernel``."""
-    plan = _Plan.of(x, size, dilation, TUNING.area, TUNING.tiles)
-    constants = plan.constants(x.dtype, TUNING.tiles, TUNING.stages)
-    depth = min(TUNING.depth, max(16, power_of_two(plan.length(x.shape[3]))))
-    return plan, dict(constants, BK=depth if plan.flat else max(depth, plan.window[1]), num_warps=TUNING.warps)
+    return _forward_launch(x.shape, x.dtype, size, dilation, TUNING)
 
 
 def grad_launch(x: Tensor, size: int, dilation: int) -> Tuple[_Plan, dict]:
     """Plan, and constants and options of ``depthwise_weight_grad_kernel``."""
-    tiles = TUNING.grad_tiles if x.dtype in HALF else TUNING.grad_tiles // 2
-    plan, width = _Plan.of(x, size, dilation, TUNING.grad_area, tiles), x.shape[3]
-    constants = plan.constants(x.dtype, tiles, TUNING.grad_stages)
-    depth = min(TUNING.grad_depth, max(16, power_of_two(plan.length(width))))
+    return _grad_launch(x.shape, x.dtype, size, dilation, TUNING)
+
+
+# A network has few sizes, and calls come by the hundred a step: planning each anew would take longer than the kernels.
+@lru_cache(maxsize=1024)
+def _forward_launch(shape, dtype: torch.dtype, size: int, dilation: int, tuning: Tuning) -> Tuple[_Plan, dict]:
+    plan = _Plan.of(shape, dtype, size, dilation, tuning.area, tuning.tiles)
+    constants = plan.constants(dtype, tuning.tiles, tuning.stages)
+    depth = min(tuning.depth, max(16, power_of_two(plan.length(shape[3]))))
+    return plan, dict(constants, BK=depth if plan.flat else max(depth, plan.window[1]), num_warps=tuning.warps)
+
+
+@lru_cache(maxsize=1024)
+def _grad_launch(shape, dtype: torch.dtype, size: int, dilation: int, tuning: Tuning) -> Tuple[_Plan, dict]:
+    tiles = tuning.grad_tiles if dtype in HALF else tuning.grad_tiles // 2
+    plan, width = _Plan.of(shape, dtype, size, dilation, tuning.grad_area, tiles), shape[3]
+    constants = plan.constants(dtype, tiles, tuning.grad_stages)
+    depth = min(tuning.grad_depth, max(16, power_of_two(plan.length(width))))
     pixels = max(16, power_of_two(plan.tile[0] * plan.columns(width)[1]))
-    return plan, dict(constants, BK=depth, NP=pixels, num_warps=TUNING.grad_warps)
+    return plan, dict(constants, BK=depth, NP=pixels, num_warps=tuning.grad_warps)
 
 
 @torch.library.custom_op('mmoverlock::depthwise_conv2d', mutates_args=())
 def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, flip: bool) -> Tensor:
     """The convolution of a contiguous map; with ``flip`` the kernel is turned by half a turn."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    _launch_conv(x, weight, bias, dilation, flip, out)
+    return out
+
+
+def _launch_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, flip: bool, out: Tensor, add=False):
+    """Writes the convolution of a contiguous map to ``out``, or adds it."""
     from .triton_kernels import depthwise_band_kernel, depthwise_forward_kernel
 
     channels, size = x.shape[1], weight.shape[-1]
-    x, weight = x.contiguous(), weight.contiguous()
+    weight = weight.contiguous()
     plan, constants = forward_launch(x, size, dilation)
-    out = torch.empty_like(x)
     band = x.new_empty((channels, size, plan.window[1], plan.tile[1]))
     with on(x.device):
         depthwise_band_kernel[(-(-band.numel() // 1024),)](
@@ -216,9 +256,8 @@ def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, flip
         )  # fmt: skip
         depthwise_forward_kernel[(channels * plan.groups * -(-plan.lanes // constants['BM']),)](
             x, band, weight if bias is None else bias, out, *plan.maps(x), *plan.sizes(size), **constants,
-            BIAS=bias is not None,
+            BIAS=bias is not None, ADD=add,
         )  # fmt: skip
-    return out
 
 
 @_conv.register_fake
@@ -229,10 +268,13 @@ def _(x, weight, bias, dilation, flip):
 @torch.library.custom_op('mmoverlock::depthwise_conv2d_weight_grad', mutates_args=())
 def _weight_grad(grad: Tensor, x: Tensor, size: int, dilation: int) -> Tensor:
     """Gradient (C, 1, size, size) of the weight, in float32."""
+    return _launch_weight_grad(grad.contiguous(), x.contiguous(), size, dilation)
+
+
+def _launch_weight_grad(grad: Tensor, x: Tensor, size: int, dilation: int) -> Tensor:
     from .triton_kernels import depthwise_diagonal_kernel, depthwise_weight_grad_kernel
 
     channels, width = x.shape[1], x.shape[3]
-    x, grad = x.contiguous(), grad.contiguous()
     plan, constants = grad_launch(x, size, dilation)
     pixels, length = constants['NP'], plan.length(width)
     # Splits fill the GPU, but each adds its products to memory.
@@ -286,3 +328,70 @@ def _backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
 
 
 _conv.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op('mmoverlock::depthwise_conv2d_branches', mutates_args=())
+def _branches(x: Tensor, weights: List[Tensor], dilations: List[int]) -> List[Tensor]:
+    """The convolutions of one contiguous map with several kernels."""
+    outs = [torch.empty_like(x) for _ in weights]
+    for out, weight, dilation in zip(outs, weights, dilations):
+        _launch_conv(x, weight, None, dilation, False, out)
+    return outs
+
+
+@_branches.register_fake
+def _(x, weights, dilations):
+    return [x.new_empty(x.shape) for _ in weights]
+
+
+@torch.library.custom_op('mmoverlock::depthwise_conv2d_branches_backward', mutates_args=())
+def _branches_grad(
+    grads: List[Tensor], x: Tensor, weights: List[Tensor], dilations: List[int], input_grad: bool, weight_grads: bool
+) -> List[Tensor]:
+    """Of what is asked for: the gradient of the map, then those of the weights."""
+    grads = [grad.contiguous() for grad in grads]
+    found = []
+    if input_grad:
+        dx = torch.empty_like(x)
+        for n, (grad, weight, dilation) in enumerate(zip(grads, weights, dilations)):
+            _launch_conv(grad, weight, None, dilation, True, dx, add=n > 0)
+        found.append(dx)
+    if weight_grads:
+        for grad, weight, dilation in zip(grads, weights, dilations):
+            found.append(_launch_weight_grad(grad, x, weight.shape[-1], dilation).to(weight.dtype))
+    return found
+
+
+@_branches_grad.register_fake
+def _(grads, x, weights, dilations, input_grad, weight_grads):
+    found = [x.new_empty(x.shape)] if input_grad else []
+    return found + [w.new_empty(w.shape) for w in weights] if weight_grads else found
+
+
+def _save_branches(ctx, inputs, output) -> None:
+    x, weights, dilations = inputs
+    ctx.save_for_backward(x, *weights)
+    ctx.dilations = dilations
+    # The weights of a network are frozen together; one that needs a gradient makes all of them have one.
+    ctx.needed = x.requires_grad, any(w.requires_grad for w in weights)
+
+
+def _branches_backward(ctx, grads: List[Optional[Tensor]]):
+    x, *weights = ctx.saved_tensors
+    input_grad, weight_grads = ctx.needed
+    grads = [torch.zeros_like(x) if grad is None else grad for grad in grads]
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The gradients are to be differentiated again (create_graph=True): those of the definition can be.
+        outs = [depthwise_conv2d_reference(x, w, None, d) for w, d in zip(weights, ctx.dilations)]
+        wanted = [t for t in (x, *weights) if t.requires_grad]
+        found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True))
+        dx, *dweights = (next(found) if t.requires_grad else None for t in (x, *weights))
+        return dx, dweights, None
+    found = torch.ops.mmoverlock.depthwise_conv2d_branches_backward(
+        grads, x, weights, ctx.dilations, input_grad, weight_grads
+    )
+    dx = found.pop(0) if input_grad else None
+    return dx, found if weight_grads else [None] * len(weights), None
+
+
+_branches.register_autograd(_branches_backward, setup_context=_save_branches)

@@ -66,9 +66,9 @@ def depthwise_band_kernel(
 def depthwise_forward_kernel(
     x, band, bias, out, C, H, WV, HWV, K, DIL, R, UP, LEFTV, STRIPS, SW, L, LANES,
     V: tl.constexpr, VO: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HS: tl.constexpr, BN: tl.constexpr,
-    BU: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    BU: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BM tiles of one channel of the output. ONE says that a group is one strip."""
+    """BM tiles of one channel of the output. ONE says that a group is one strip; ADD, to add to what is there."""
     W = WV * VO
     blocks = tl.cdiv(LANES, BM)
     groups = tl.cdiv(STRIPS, L)
@@ -139,6 +139,8 @@ def depthwise_forward_kernel(
         mask = real[:, None] & (column < W) & (top[:, None] + (i * DIL)[None, :] < H)
     image = (m // (SW * L) * C + c).to(tl.int64) * H * WV * VO  # as before, but known to be a multiple of VO
     target = out + (image + top * W)[:, None] + (i * DIL * W)[None, :] + column
+    if ADD:
+        acc += tl.load(target, mask=mask, other=0.0).to(tl.float32)
     tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
 
 
