@@ -98,8 +98,7 @@ def test_memory_is_planned_where_windows_are_shared():
 
 
 @pytest.mark.parametrize('height, width, shared_windows', [(13, 13, True), (14, 14, True), (13, 15, False)])
-def test_which_maps_share_windows(monkeypatch, height, width, shared_windows):
-    monkeypatch.setattr(shared, 'ENABLED', True)
+def test_which_maps_share_windows(height, width, shared_windows):
     assert shared.takes(height, width, 13) == shared_windows
     if shared_windows:
         plan = shared.Plan(1, 1, height, width, 16, 16, (5, 13))

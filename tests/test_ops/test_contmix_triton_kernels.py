@@ -81,14 +81,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def shared_windows(monkeypatch):
-    """Both sets of kernels are tested: each map takes those that are made for it."""
-    from mmoverlock.ops.contmix import shared
-
-    monkeypatch.setattr(shared, 'ENABLED', True)
-
-
 def test_general_kernels_take_every_map(monkeypatch):
     from mmoverlock.ops.contmix import shared
 

@@ -83,9 +83,13 @@ def test_a_wrong_fast_form_is_caught(tool, tiny_variant, monkeypatch, capsys, mo
     def slightly_off(x, weight, bias, dilation):
         return wrong * depthwise_conv2d_reference(x, weight, bias, dilation)
 
-    kept = backends._OPERATORS['depthwise_conv2d']
-    off = Backend('off', slightly_off, lambda *args: None)
-    monkeypatch.setitem(backends._OPERATORS, 'depthwise_conv2d', (off, *(b for b in kept if b.name == 'reference')))
+    def all_slightly_off(x, weights, dilations):
+        return [slightly_off(x, weight, None, dilation) for weight, dilation in zip(weights, dilations)]
+
+    for operator, run in (('depthwise_conv2d', slightly_off), ('depthwise_conv2d_branches', all_slightly_off)):
+        kept = backends._OPERATORS[operator]
+        off = Backend('off', run, lambda *args: None)
+        monkeypatch.setitem(backends._OPERATORS, operator, (off, *(b for b in kept if b.name == 'reference')))
     assert tool.main(['xt', '--mode', mode, '--shape', '64', '--batch', '4', *FAST]) == 1
     out = capsys.readouterr().out
     assert 'WRONG' in out and '1 wrong or failed' in out
@@ -198,7 +202,7 @@ def test_clear_errors(tool, capsys, tmp_path):
     fails('convnext_gigantic', words='neither a variant')
     fails('--config', str(tmp_path / 'absent.py'), words='config not found')
     fails('xt', '--mode', 'train', '--dtype', 'fp16-pure', words='is for eval')
-    fails('xt', '--run', 'cudagraph', words='is for eval on a GPU')
+    fails('xt', '--run', 'cudagraph', words='cudagraph needs a GPU')
     fails('xt', '--shape', '1x2x3', words='argument --shape')
     fails('xt', '--batch', '0', words='argument --batch')
     fails(words='name models')

@@ -472,11 +472,11 @@ def main():
     parts = ('check', 'time', 'profile', 'tune', 'linear', 'resources')
     parser.add_argument('--only', nargs='+', choices=parts, default=['check', 'time', 'profile'])
     parser.add_argument('--cases', nargs='+', choices=list(CASES), default=list(CASES))
-    parser.add_argument('--shared', action='store_true', help='use the kernels for shared windows, too')
+    parser.add_argument('--general', action='store_true', help='use the general kernels on small maps, too')
     parser.add_argument('--no-baseline', action='store_true', help='leave out the composition of PyTorch operators')
     parser.add_argument('--json', help='file for all numbers')
     args = parser.parse_args()
-    shared.ENABLED |= args.shared
+    shared.ENABLED = not args.general
     if args.only == ['resources']:
         sys.exit(not resources({name: CASES[name] for name in args.cases}))
     if not torch.cuda.is_available():

@@ -36,7 +36,7 @@ class Tuning:
 
 TUNING = Tuning()
 
-#: Off until these kernels have passed tools/analysis/benchmark_contmix.py on a GPU: the general ones have.
+#: False lets the general kernels serve these maps, too: to compare, tools/analysis/benchmark_contmix.py --general.
 ENABLED = True
 
 

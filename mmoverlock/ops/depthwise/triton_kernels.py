@@ -66,7 +66,8 @@ def depthwise_band_kernel(
 def depthwise_forward_kernel(
     x, band, bias, out, C, H, WV, HWV, K, DIL, R, UP, LEFTV, STRIPS, SW, L, LANES,
     V: tl.constexpr, VO: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HS: tl.constexpr, BN: tl.constexpr,
-    BU: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    BU: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BM tiles of one channel of the output. ONE says that a group is one strip; ADD, to add to what is there."""
     W = WV * VO
