@@ -140,6 +140,31 @@ def test_batch_in_chunks_and_map_in_bands(monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_products_of_one_chunk_at_a_time(monkeypatch):
+    """What chunks of the batch are for: the products of one are gone before those of the next are made."""
+    import dataclasses
+    import weakref
+
+    from mmoverlock.ops.contmix import shared
+
+    args = arguments(3, 1, 2, 4, 3, 1, 3, 4, 2)
+    columns = sum(shared.Plan.of(args[0], args[4], args[5], args[6]).padded)
+    made, matmul = [], torch.matmul
+
+    def counted(a, b):
+        if b.shape[-1] == columns:
+            assert all(product() is None for product in made)
+        out = matmul(a, b)
+        if b.shape[-1] == columns:
+            made.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(shared, 'TUNING', dataclasses.replace(shared.TUNING, share=0.0, sums=0.0, floor=1))
+    monkeypatch.setattr(torch, 'matmul', counted)
+    torch.autograd.grad(fused(*args), args, torch.randn_like(args[-1]))
+    assert len(made) == 6  # three each way
+
+
 def test_shared_windows_with_the_batch_in_chunks(monkeypatch):
     import dataclasses
 

@@ -159,6 +159,7 @@ def forward(query, key, weight, bias, rpb1, rpb2, value, out, lse) -> None:
             query[part], products, table, value[part], out[part], lse[part],
             *query.stride(), *value.stride(), *out.stride(), *plan.sizes, **constants,
         )  # fmt: skip
+        del products  # before the next chunk's are made
 
 
 def backward(grad, query, key, weight, bias, rpb1, rpb2, value, lse, dquery, dkey, dvalue) -> List[Tensor]:
@@ -178,6 +179,7 @@ def backward(grad, query, key, weight, bias, rpb1, rpb2, value, lse, dquery, dke
         sums = [a + b for a, b in zip(sums, terms)] if sums else terms
         dkey[part] = torch.matmul(products, weight)  # products are their own gradients by now
         dweight.addmm_(products.flatten(0, 2).t(), key[part].float().flatten(0, 2))
+        del products  # before the next chunk's are made
     return [_unpadded(dweight, plan), *sums]
 
 

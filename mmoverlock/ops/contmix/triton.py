@@ -263,6 +263,7 @@ def _(grad, query, key, weight, bias, rpb1, rpb2, value, lse):
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp
 
 
 def _backward(ctx, grad: Tensor, _) -> Tuple[Optional[Tensor], ...]:
