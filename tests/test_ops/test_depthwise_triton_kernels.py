@@ -257,3 +257,21 @@ def test_branches_registered_as_torch_asks():
     for wanted in ((True, True), (True, False), (False, True)):
         grads = [torch.randn_like(inputs[0]) for _ in weights]
         torch.library.opcheck(fused._branches_grad, (grads, *inputs, dilations, *wanted), test_utils=checks)
+
+
+@pytest.mark.parametrize('frozen', [False, True])
+def test_branches_compile(frozen):
+    """One graph each way, in which all branches are one call; under autocast, as training has it."""
+    x, weights, dilations = branch_arguments((1, 2, 5, 8), torch.float32)
+    for weight in weights:
+        weight.requires_grad_(not frozen)
+    wanted = [t for t in (x, *weights) if t.requires_grad]
+
+    def function(x, *weights):
+        with torch.autocast(DEVICE, torch.float16):
+            return sum(out.float().square().sum() for out in depthwise_conv2d_branches(x, weights, dilations, 'triton'))
+
+    compiled = torch.compile(function, fullgraph=True, backend='aot_eager')
+    found = torch.autograd.grad(compiled(x, *weights), wanted)
+    for a, b in zip(found, torch.autograd.grad(function(x, *weights), wanted)):
+        torch.testing.assert_close(a, b)
