@@ -82,8 +82,9 @@ def depthwise_conv2d_branches(
     dilations: Sequence[int],
     backend: str = 'auto',
 ) -> List[Tensor]:
-    """Several convolutions of one map, as :func:`depthwise_conv2d` without bias: what a re-parameterised large kernel
-    does while it trains.
+    """Several convolutions of one map, as :func:`depthwise_conv2d` without bias.
+
+    What a re-parameterised large kernel does while it trains, in one call.
 
     Args:
         x (Tensor): (B, C, H, W).

@@ -85,8 +85,9 @@ def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], d
 
 
 def depthwise_conv2d_branches_triton(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> List[Tensor]:
-    """As :func:`depthwise_conv2d_triton` with every kernel, without bias, in one operator: one call from Python instead
-    of one a branch each way, and one sum for the gradient of ``x``.
+    """As :func:`depthwise_conv2d_triton` with every kernel, without bias, in one operator.
+
+    One call from Python each way instead of one a branch, and the gradients of ``x`` are added up in the kernels.
     """
     return torch.ops.mmoverlock.depthwise_conv2d_branches(_input(x), list(weights), list(dilations))
 
@@ -332,7 +333,8 @@ _conv.register_autograd(_backward, setup_context=_save)
 
 @torch.library.custom_op('mmoverlock::depthwise_conv2d_branches', mutates_args=())
 def _branches(x: Tensor, weights: List[Tensor], dilations: List[int]) -> List[Tensor]:
-    """The convolutions of one contiguous map with several kernels."""
+    """The convolutions of one map with several kernels."""
+    x = x.contiguous()
     outs = [torch.empty_like(x) for _ in weights]
     for out, weight, dilation in zip(outs, weights, dilations):
         _launch_conv(x, weight, None, dilation, False, out)
@@ -349,7 +351,7 @@ def _branches_grad(
     grads: List[Tensor], x: Tensor, weights: List[Tensor], dilations: List[int], input_grad: bool, weight_grads: bool
 ) -> List[Tensor]:
     """Of what is asked for: the gradient of the map, then those of the weights."""
-    grads = [grad.contiguous() for grad in grads]
+    x, grads = x.contiguous(), [grad.contiguous() for grad in grads]
     found = []
     if input_grad:
         dx = torch.empty_like(x)
