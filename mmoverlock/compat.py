@@ -117,7 +117,7 @@ def focal_loss_in_float32() -> bool:
 
     Its CUDA kernel keeps a probability from zero with ``(T)FLT_MIN``, which is zero in float16: a logit beyond about 17
     gives zero times log(0), NaN, and a RetinaNet of any backbone stops learning once it is sure of something. It has no
-    kernel for bfloat16 at all. mmdet takes the function by name, so both names of it are replaced.
+    kernel for bfloat16 at all. Who imported the function has a name of his own for it, so each is replaced.
 
     Returns:
         bool: Whether the function was replaced.
@@ -136,10 +136,10 @@ def focal_loss_in_float32() -> bool:
         return original(input.float(), target, *args)
 
     sigmoid_focal_loss._mmoverlock = True
-    for name in ('mmcv.ops', 'mmcv.ops.focal_loss', 'mmdet.models.losses.focal_loss'):
-        for attribute in ('sigmoid_focal_loss', '_sigmoid_focal_loss'):
-            if getattr(sys.modules.get(name), attribute, None) is original:
-                setattr(sys.modules[name], attribute, sigmoid_focal_loss)
+    ops.sigmoid_focal_loss = ops.focal_loss.sigmoid_focal_loss = sigmoid_focal_loss
+    losses = sys.modules.get('mmdet.models.losses.focal_loss')
+    if losses is not None:
+        losses._sigmoid_focal_loss = sigmoid_focal_loss
     return True
 
 
