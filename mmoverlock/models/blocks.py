@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm  # of every kind: SyncBatchNorm is no BatchNorm2d
 
 from ..checkpoints import adapt_block_state_dict
-from ..ops import contmix
+from ..ops import contmix, depthwise_conv3x3
 from .layers import (
     GRN,
     ConvFFN,
@@ -203,7 +203,8 @@ class Fusion(nn.Module):
         self.grn = GRN(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.grn(self.conv(self.act(self.bn(self.dwconv(x)))))
+        x = depthwise_conv3x3(x, self.dwconv.weight, self.dwconv.bias)
+        return self.grn(self.conv(self.act(self.bn(x))))
 
     def switch_to_deploy(self) -> None:
         """Folds the batch norm into the depthwise convolution."""

@@ -8,8 +8,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import depthwise_conv2d, depthwise_conv2d_branches
+from ..ops import depthwise_conv2d, depthwise_conv2d_branches, depthwise_conv3x3, feed_forward
+from ..ops.affine import affine
 from ..ops.autocast import no_autocast
+from ..ops.feed_forward.reference import grn
 
 # Parallel branches (kernel size, dilation) of the re-parameterised large kernel, per size.
 # Source: UniRepLKNet, https://arxiv.org/abs/2311.15599
@@ -23,57 +25,6 @@ BRANCHES = {
     7: ((5, 1), (3, 1), (3, 2), (3, 3)),
     5: ((3, 1), (3, 2)),
 }
-
-
-class _Affine(torch.autograd.Function):
-    """``x * weight + bias`` in half precision, with the gradients of weight and bias summed in float32.
-
-    Autograd multiplies ``grad * x`` and keeps its sum over the map in half precision: under a loss scale that overflows
-    long before the result, in float32, would.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
-        return _affine(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, weight = ctx.saved_tensors
-        grad_x = grad * weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = _sum_to(grad.to(torch.float32) * x, weight.shape).to(weight.dtype)
-        if ctx.bias is not None and ctx.needs_input_grad[2]:
-            grad_bias = _sum_to(grad, ctx.bias[0]).to(ctx.bias[1])
-        return grad_x, grad_weight, grad_bias
-
-
-def _sum_to(x: Tensor, shape: torch.Size) -> Tensor:
-    """Sum in float32 over the dimensions that ``shape`` has in size 1."""
-    return x.sum([i for i, size in enumerate(shape) if size == 1], keepdim=True, dtype=torch.float32)
-
-
-def affine(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """``x * weight + bias`` for every channel, in the type of ``x``; nothing overflows that does not have to.
-
-    Args:
-        x (Tensor): (B, C, H, W).
-        weight (Tensor): (1 or B, C, 1, 1). Float32 beside an ``x`` of half precision gets a gradient of float32.
-        bias (Tensor, optional): As ``weight``. Defaults to None.
-
-    Returns:
-        Tensor: (B, C, H, W).
-    """
-    if x.dtype in (torch.float16, torch.bfloat16) and torch.is_grad_enabled():
-        return _Affine.apply(x, weight, bias)
-    return _affine(x, weight, bias)
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-    weight = weight.to(x.dtype)
-    return x * weight if bias is None else torch.addcmul(bias.to(x.dtype), x, weight)
 
 
 def spatial_mean(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,8 +87,7 @@ class LayerNorm2d(nn.LayerNorm):
 class GRN(nn.Module):
     """Global response normalisation of ConvNeXt V2, on a (B, C, H, W) map.
 
-    Source: `ConvNeXt V2 <https://arxiv.org/abs/2301.00808>`_. The squares are summed in float32: over a large map they
-    overflow half precision.
+    Source: `ConvNeXt V2 <https://arxiv.org/abs/2301.00808>`_.
 
     Args:
         channels (int): C.
@@ -151,15 +101,7 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        if x.device.type == 'cpu':
-            # On CPU five to ten times as fast as vector_norm. The clamp stands for its zero gradient at zero.
-            squares = x.to(dtype).square().sum((2, 3), keepdim=True)
-            response = squares.clamp_min(torch.finfo(dtype).tiny).sqrt()
-        else:
-            response = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True, dtype=dtype)
-        response = response / (response.mean(dim=1, keepdim=True) + self.eps)
-        return affine(x, self.gamma * response + 1, self.beta)
+        return grn(x, self.gamma, self.beta, self.eps)
 
 
 class LayerScale(nn.Module):
@@ -214,8 +156,7 @@ class ResDWConv(nn.Conv2d):
         self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        return out if self.merged else x + out
+        return depthwise_conv3x3(x, self.weight, self.bias, residual=not self.merged)
 
     @torch.no_grad()
     def switch_to_deploy(self) -> None:
@@ -258,7 +199,11 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.grn(self.dwconv(self.act(self.fc1(x)))))
+        fc1, dwconv, grn, fc2 = self.fc1, self.dwconv, self.grn, self.fc2
+        return feed_forward(
+            x, fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, grn.gamma, grn.beta, fc2.weight, fc2.bias,
+            grn.eps, not dwconv.merged,
+        )  # fmt: skip
 
 
 class DepthwiseConv(nn.Conv2d):

@@ -295,9 +295,9 @@ class OverLoCK(BaseModule):
             ValueError: While training, the batch is so small that a batch norm would see a single value.
         """
         self._check_batch(x)
-        if x.device.type == 'cpu':
-            # PyTorch's CPU depthwise convolutions are up to 20 times faster in this format; the layers keep it.
-            x = x.contiguous(memory_format=torch.channels_last)
+        # On CPU PyTorch's depthwise convolutions are up to 20 times faster in this format, on GPUs all 1x1 and 3x3 ones
+        # are. The layers keep it; our operators that compute in NCHW order give that, and the next layers turn it back.
+        x = x.contiguous(memory_format=torch.channels_last)
         last = 3 if self.out_type == 'classification' else self.out_indices[-1]  # nothing after it is needed
         # Base-Net
         x1 = self._run(1, self.stage1, self.stem(x))

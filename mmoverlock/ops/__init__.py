@@ -2,6 +2,15 @@
 
 from .backends import BackendError, available_backends
 from .contmix import contmix
-from .depthwise import depthwise_conv2d, depthwise_conv2d_branches
+from .depthwise import depthwise_conv2d, depthwise_conv2d_branches, depthwise_conv3x3
+from .feed_forward import feed_forward
 
-__all__ = ['BackendError', 'available_backends', 'contmix', 'depthwise_conv2d', 'depthwise_conv2d_branches']
+__all__ = [
+    'BackendError',
+    'available_backends',
+    'contmix',
+    'depthwise_conv2d',
+    'depthwise_conv2d_branches',
+    'depthwise_conv3x3',
+    'feed_forward',
+]

@@ -1,4 +1,4 @@
-"""Depthwise convolution with large (5 … 19) or dilated small kernels, stride 1, size kept."""
+"""Depthwise convolution with large (5 … 19), dilated small, or plain 3x3 kernels, stride 1, size kept."""
 
 from typing import Callable, List, Optional, Sequence
 
@@ -8,6 +8,8 @@ from ..backends import Backend, dispatch, register
 from .implicit_gemm import depthwise_conv2d_implicit_gemm
 from .implicit_gemm import refuse as refuse_implicit_gemm
 from .reference import depthwise_conv2d_reference
+from .small import conv3x3_reference, conv3x3_triton
+from .small import refuse as refuse_small
 from .triton import depthwise_conv2d_branches_triton, depthwise_conv2d_triton, refuse_branches
 from .triton import refuse as refuse_triton
 
@@ -44,6 +46,13 @@ register(
             _refuse_branches_implicit_gemm,
             auto=False,
         ),
+    ],
+)
+register(
+    'depthwise_conv3x3',
+    [
+        Backend('triton', conv3x3_triton, refuse_small),
+        Backend('reference', conv3x3_reference, lambda *args: None),
     ],
 )
 
@@ -104,6 +113,36 @@ def depthwise_conv2d_branches(
     for weight in weights:
         _check(x, weight)
     return dispatch('depthwise_conv2d_branches', backend, x, weights, dilations)
+
+
+def depthwise_conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor] = None,
+    residual: bool = False,
+    backend: str = 'auto',
+) -> Tensor:
+    """Depthwise 3x3 convolution, stride 1, zero-padded so that the size is kept; ``x + conv(x)`` with ``residual``.
+
+    Args:
+        x (Tensor): (B, C, H, W).
+        weight (Tensor): (C, 1, 3, 3).
+        bias (Tensor, optional): (C,). Defaults to None.
+        residual (bool): Add ``x``. Defaults to False.
+        backend (str): ``'auto'``, ``'triton'``, ``'reference'``. The environment variable ``MMOVERLOCK_BACKEND``
+            overrides ``'auto'``. Defaults to ``'auto'``.
+
+    Returns:
+        Tensor: (B, C, H, W); from ``'triton'`` in channels-last format.
+
+    Raises:
+        ValueError: The weight does not fit the channels, or is not 3x3.
+        BackendError: The named backend cannot take the call.
+    """
+    _check(x, weight)
+    if weight.shape[-1] != 3:
+        raise ValueError(f'depthwise_conv3x3: weight has shape {tuple(weight.shape)}, expected (C, 1, 3, 3)')
+    return dispatch('depthwise_conv3x3', backend, x, weight, bias, residual)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

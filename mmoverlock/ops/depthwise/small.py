@@ -1,0 +1,171 @@
+"""Depthwise 3x3 convolution in Triton on channels-last maps; the kernels are in ``small_kernels``."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import List, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..triton_common import on, power_of_two, refuse_tensors
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch parameters.
+
+    Args:
+        tile (int): Columns times channels of a program.
+        grad_tile (int): The same of the backward kernel, which keeps eleven sums for each.
+        warps (int): Warps a program.
+        programs (int): Programs to aim at, by cutting the rows into strips.
+    """
+
+    tile: int = 1024
+    grad_tile: int = 512
+    warps: int = 4
+    programs: int = 2112
+
+
+TUNING = Tuning()
+
+
+def conv3x3_reference(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
+    """Arguments as :func:`mmoverlock.ops.depthwise_conv3x3`."""
+    out = F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
+    return x + out if residual else out
+
+
+def refuse(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Optional[str]:
+    """Why the kernels cannot serve the call, or None."""
+    tensors = dict(x=x, weight=weight)
+    if bias is not None:
+        tensors['bias'] = bias
+    return refuse_tensors(tensors) or ('a tensor is empty' if 0 in x.shape else None)
+
+
+def conv3x3_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
+    """As the reference, but the result is channels-last whatever the memory format of ``x``.
+
+    Computes in the type of ``x``, or in that of autocast, with sums in float32; ``weight`` and ``bias`` are not rounded.
+    """
+    return torch.ops.mmoverlock.depthwise_conv3x3(channels_last_input(x), weight, bias, residual)
+
+
+def channels_last_input(x: Tensor) -> Tensor:
+    """``x`` in channels-last format and in the type to compute in."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@lru_cache(maxsize=1024)
+def plan(shape, tile: int, tuning: Tuning) -> Tuple[Tuple[int, ...], dict, int, int]:
+    """Sizes and constants of the kernels, the programs to launch and the shares an image is summed in."""
+    batch, channels, height, width = shape
+    columns = min((16, 8), key=lambda n: -(-width // n) * n)
+    vector = next(v for v in (8, 4, 2, 1) if channels % v == 0)
+    across = max(vector, min(tile // columns, power_of_two(channels)))
+    lanes, blocks = -(-width // columns), -(-channels // across)
+    strips = max(1, min(-(-tuning.programs // (batch * lanes * blocks)), height // 8))
+    rows = -(-height // strips)
+    strips = -(-height // rows)
+    sizes = (channels // vector, height, width, rows, strips, lanes)
+    constants = dict(V=vector, BW=columns, BC=across, num_warps=tuning.warps)
+    return sizes, constants, batch * strips * lanes * blocks, strips * lanes
+
+
+def launch_forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool, squares: bool):
+    """The convolution of a channels-last map, and the shares [B, PARTS, C] of the sums of its squares, or None."""
+    from .small_kernels import depthwise3_forward_kernel
+
+    sizes, constants, programs, parts = plan(x.shape, TUNING.tile, TUNING)
+    weight, out = weight.contiguous(), torch.empty_like(x)
+    shares = x.new_empty((x.shape[0], parts, x.shape[1]), dtype=torch.float32) if squares else None
+    with on(x.device):
+        depthwise3_forward_kernel[(programs,)](
+            x, weight, weight if bias is None else bias, out, shares if squares else x, *sizes, **constants,
+            RESIDUAL=residual, BIAS=bias is not None, SQUARES=squares,
+        )  # fmt: skip
+    return out, shares
+
+
+def launch_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    residual: bool,
+    grn: Optional[Tuple[Tensor, Tensor, Tensor]] = None,
+    gelu: bool = False,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the map, the weight and the bias, and the map's summed over all positions; see the kernel.
+
+    Args:
+        grad, x (Tensor): (B, C, H, W), channels-last.
+        weight (Tensor): (C, 1, 3, 3).
+        residual (bool): As in the forward pass.
+        grn (tuple[Tensor, Tensor, Tensor], optional): The map y that was normalised, its scale and slope.
+        gelu (bool): The convolution had been given GELU(x).
+    """
+    from .small_kernels import depthwise3_backward_kernel
+
+    batch, channels = x.shape[:2]
+    sizes, constants, programs, parts = plan(x.shape, TUNING.grad_tile, TUNING)
+    out = torch.empty_like(x)
+    sums = x.new_empty((batch * parts, 11, channels), dtype=torch.float32)
+    y, scale, slope = grn or (x, sums, sums)
+    with on(x.device):
+        depthwise3_backward_kernel[(programs,)](
+            grad, x, weight.contiguous(), y, scale, slope, out, sums, *sizes, **constants,
+            RESIDUAL=residual, GRN=grn is not None, GELU=gelu,
+        )  # fmt: skip
+    sums = sums.sum(0)
+    return out, sums[:9].t().reshape(channels, 1, 3, 3), sums[9], sums[10]
+
+
+@torch.library.custom_op('mmoverlock::depthwise_conv3x3', mutates_args=())
+def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
+    """The convolution of a channels-last map."""
+    return launch_forward(x.contiguous(memory_format=torch.channels_last), weight, bias, residual, False)[0]
+
+
+@_conv.register_fake
+def _(x, weight, bias, residual):
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op('mmoverlock::depthwise_conv3x3_backward', mutates_args=())
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, residual: bool) -> List[Tensor]:
+    """Gradients of the map, the weight and the bias; the last two in float32."""
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    dx, dweight, dbias, _ = launch_backward(grad, x, weight, residual)
+    return [dx, dweight.contiguous(), dbias.clone()]
+
+
+@_gradients.register_fake
+def _(grad, x, weight, residual):
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    return [dx, x.new_empty(weight.shape, dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)]
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, residual = inputs
+    ctx.save_for_backward(x, weight, bias)
+    ctx.residual = residual
+
+
+def _backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    x, weight, bias = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The gradients are to be differentiated again (create_graph=True): those of the definition can be.
+        given = x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        inputs = [t for t, need in zip((x, weight, bias), ctx.needs_input_grad) if need]
+        found = iter(torch.autograd.grad(conv3x3_reference(*given, ctx.residual), inputs, grad, create_graph=True))
+        return (*(next(found) if need else None for need in ctx.needs_input_grad[:3]), None)
+    dx, dweight, dbias = torch.ops.mmoverlock.depthwise_conv3x3_backward(grad, x, weight, ctx.residual)
+    return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), None
+
+
+_conv.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,216 @@
+"""The feed-forward half of a block in Triton; the kernels are in ``triton_kernels`` and ``depthwise.small_kernels``.
+
+Forward: product and GELU; 3x3 and sums of squares; scale, shift and product. The hidden map, the largest of the
+network, is written and read twice. For the backward pass two of it are kept, what GELU and what the response
+normalisation were given; everything else is computed again.
+"""
+
+from dataclasses import dataclass
+from typing import List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ..depthwise.small import channels_last_input, launch_backward, launch_forward
+from ..triton_common import HALF, on, power_of_two, refuse_tensors
+from .reference import feed_forward_reference
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch parameters of the products.
+
+    Args:
+        rows, columns, depth (int): Tile of a product.
+        warps (int): Warps a program.
+        stages (int): Loads in flight.
+    """
+
+    rows: int = 128
+    columns: int = 128
+    depth: int = 64
+    warps: int = 8
+    stages: int = 3
+
+
+TUNING = Tuning()
+_NAMES = ('x', 'weight1', 'bias1', 'dw_weight', 'dw_bias', 'gamma', 'beta', 'weight2', 'bias2')
+_MOST = 16384  # hidden channels, which the normalisation takes at once
+
+
+def refuse(x: Tensor, *args) -> Optional[str]:
+    """Why the kernels cannot serve the call, or None."""
+    reason = refuse_tensors(dict(zip(_NAMES, (x, *args))))
+    if reason:
+        return reason
+    channels, (hidden, out) = x.shape[1], (args[0].shape[0], args[6].shape[0])
+    if channels % 8 or hidden % 8 or out % 8:
+        return f'channels must be multiples of 8, they are {channels}, {hidden} and {out}'
+    if hidden > _MOST:
+        return f'it takes {_MOST} hidden channels, not {hidden}'
+    return 'a tensor is empty' if 0 in x.shape else None
+
+
+def feed_forward_triton(x: Tensor, *args) -> Tensor:
+    """As the reference, but the result is channels-last whatever the memory format of ``x``.
+
+    Computes in the type of ``x``, or in that of autocast, with sums in float32.
+    """
+    *parameters, eps, residual = args
+    x = channels_last_input(x)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
+    return torch.ops.mmoverlock.feed_forward(x, *parameters, eps, residual, keep)[0]
+
+
+def _tiles(rows: int, columns: int, dtype: torch.dtype) -> dict:
+    """Tile of a product and how to run it; float32 as three tf32 products, to fp32 accuracy."""
+    half = dtype in HALF
+    return dict(
+        V=8,
+        BM=min(TUNING.rows, max(16, power_of_two(rows))),
+        BN=min(TUNING.columns, max(16, power_of_two(columns))),
+        BK=TUNING.depth if half else TUNING.depth // 2,
+        PRECISION='ieee' if half else 'tf32x3',
+        num_warps=TUNING.warps,
+        num_stages=TUNING.stages,
+    )
+
+
+def _channels_last(x: Tensor, channels: int) -> Tensor:
+    batch, _, height, width = x.shape
+    return x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+
+
+@torch.library.custom_op('mmoverlock::feed_forward', mutates_args=())
+def _feed_forward(
+    x: Tensor, weight1: Tensor, bias1: Tensor, dw_weight: Tensor, dw_bias: Tensor, gamma: Tensor, beta: Tensor,
+    weight2: Tensor, bias2: Tensor, eps: float, residual: bool, keep: bool,
+) -> List[Tensor]:  # fmt: skip
+    """The output and, with ``keep``, what GELU was given, the map before the normalisation, its scale and norm."""
+    from .triton_kernels import ffn_expand_kernel, ffn_project_kernel, grn_scale_kernel
+
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight1, weight2 = (w.to(x.dtype).contiguous() for w in (weight1, weight2))
+    (batch, channels, height, width), hidden, channels_out = x.shape, weight1.shape[0], weight2.shape[0]
+    pixels = height * width
+    active = _channels_last(x, hidden)
+    given = torch.empty_like(active) if keep else active
+    with on(x.device):
+        tiles = _tiles(batch * pixels, hidden, x.dtype)
+        ffn_expand_kernel[(-(-batch * pixels // tiles['BM']) * -(-hidden // tiles['BN']),)](
+            x, weight1, bias1, given, active, batch * pixels, channels // 8, hidden // 8, **tiles, KEEP=keep
+        )
+        y, squares = launch_forward(active, dw_weight, dw_bias, residual, True)
+        scale, norm = x.new_empty((2, batch, hidden), dtype=torch.float32).unbind(0)
+        grn_scale_kernel[(batch,)](
+            squares, gamma, scale, norm, squares.shape[1], hidden, eps, BE=power_of_two(hidden)
+        )
+        out = _channels_last(x, channels_out)
+        tiles = _tiles(pixels, channels_out, x.dtype)
+        ffn_project_kernel[(batch * -(-pixels // tiles['BM']) * -(-channels_out // tiles['BN']),)](
+            y, scale, beta, weight2, bias2, out, pixels, hidden // 8, channels_out // 8, **tiles
+        )
+    return [out, given, y, scale, norm.clone()] if keep else [out]
+
+
+@_feed_forward.register_fake
+def _(x, weight1, bias1, dw_weight, dw_bias, gamma, beta, weight2, bias2, eps, residual, keep):
+    hidden = weight1.shape[0]
+    out = _channels_last(x, weight2.shape[0])
+    if not keep:
+        return [out]
+    maps = [_channels_last(x, hidden) for _ in range(2)]
+    return [out, *maps, *(x.new_empty((x.shape[0], hidden), dtype=torch.float32) for _ in range(2))]
+
+
+def _product(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """aᵀ b, summed and returned in float32 and then in the type and shape of ``like``."""
+    if a.device.type == 'cuda' and a.dtype in HALF:
+        out = torch.mm(a.t(), b, out_dtype=torch.float32)
+    else:
+        out = torch.mm(a.t().float(), b.float())
+    return out.to(like.dtype).view(like.shape)
+
+
+@torch.library.custom_op('mmoverlock::feed_forward_backward', mutates_args=())
+def _gradients(
+    grad: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, dw_weight: Tensor, dw_bias: Tensor, gamma: Tensor,
+    beta: Tensor, weight2: Tensor, bias2: Tensor, given: Tensor, y: Tensor, scale: Tensor, norm: Tensor, eps: float,
+    residual: bool, input_grad: bool,
+) -> List[Tensor]:  # fmt: skip
+    """Gradients of the parameters, in their order, and at last that of x if it is wanted."""
+    from .triton_kernels import ffn_project_grad_kernel, grn_grad_kernel
+
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
+    (batch, channels, height, width), hidden, channels_out = x.shape, weight1.shape[0], weight2.shape[0]
+    pixels = height * width
+
+    def rows(t: Tensor) -> Tensor:
+        return t.permute(0, 2, 3, 1).reshape(batch * pixels, -1)
+
+    with on(x.device):
+        tiles = _tiles(pixels, hidden, x.dtype)
+        per_image = -(-pixels // tiles['BM'])
+        z, dz = torch.empty_like(y), torch.empty_like(y)
+        sums = x.new_empty((batch, per_image, 2, hidden), dtype=torch.float32)
+        ffn_project_grad_kernel[(batch * per_image * -(-hidden // tiles['BN']),)](
+            grad, weight2.to(x.dtype).contiguous(), y, scale, beta, z, dz, sums,
+            pixels, hidden // 8, channels_out // 8, **tiles,
+        )  # fmt: skip
+        dweight2 = _product(rows(grad), rows(z), weight2)
+        del z
+        slope, dgamma, dbeta = x.new_empty((3, batch, hidden), dtype=torch.float32).unbind(0)
+        grn_grad_kernel[(batch,)](
+            sums, gamma, norm, slope, dgamma, dbeta, per_image, hidden, eps, BE=power_of_two(hidden)
+        )
+    dgiven, dw, dw_shift, dshift = launch_backward(dz, given, dw_weight, residual, (y, scale, slope), True)
+    del dz
+    found = [
+        _product(rows(dgiven), rows(x), weight1),
+        dshift.to(bias1.dtype, copy=True),
+        dw.to(dw_weight.dtype, memory_format=torch.contiguous_format, copy=True),
+        dw_shift.to(dw_bias.dtype, copy=True),
+        dgamma.sum(0).to(gamma.dtype).view(gamma.shape),
+        dbeta.sum(0).to(beta.dtype).view(beta.shape),
+        dweight2,
+        grad.sum((0, 2, 3), dtype=torch.float32).to(bias2.dtype),
+    ]
+    if input_grad:
+        dx = torch.mm(rows(dgiven), weight1.to(x.dtype).view(hidden, channels))
+        found.append(dx.view(batch, height, width, channels).permute(0, 3, 1, 2))
+    return found
+
+
+@_gradients.register_fake
+def _(grad, x, weight1, bias1, dw_weight, dw_bias, gamma, beta, weight2, bias2, given, y, scale, norm, eps, residual,
+      input_grad):  # fmt: skip
+    parameters = (weight1, bias1, dw_weight, dw_bias, gamma, beta, weight2, bias2)
+    found = [p.new_empty(p.shape) for p in parameters]
+    return [*found, _channels_last(x, x.shape[1])] if input_grad else found
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, eps, residual, keep = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.eps, ctx.residual = eps, residual
+
+
+def _backward(ctx, grads: List[Optional[Tensor]]) -> Tuple[Optional[Tensor], ...]:
+    *inputs, given, y, scale, norm = ctx.saved_tensors
+    nothing = (None, None, None)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The gradients are to be differentiated again (create_graph=True): those of the definition can be.
+        out = feed_forward_reference(*(t.to(inputs[0].dtype) for t in inputs), ctx.eps, ctx.residual)
+        wanted = [t for t in inputs if t.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
+        return (*(next(found) if t.requires_grad else None for t in inputs), *nothing)
+    input_grad = ctx.needs_input_grad[0]
+    found = torch.ops.mmoverlock.feed_forward_backward(
+        grads[0], *inputs, given, y, scale, norm, ctx.eps, ctx.residual, input_grad
+    )
+    dx = found.pop() if input_grad else None
+    return (dx, *found, *nothing)
+
+
+_feed_forward.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,148 @@
+"""Triton kernels of the feed-forward half: matrix products with what stands before and after them in the block.
+
+Maps are channels-last: a map is a matrix with a row a position. The depthwise 3x3 between the products is in
+``depthwise.small_kernels``.
+
+Names: M rows (positions of all images), or PIXELS rows of one image; C channels in, E hidden, F out, in vectors of V;
+BM, BN, BK rows, columns and depth of a product's tile.
+"""
+
+import triton
+import triton.language as tl
+
+from ..depthwise.small_kernels import gelu_parts
+
+_SIZES = ('M', 'PIXELS', 'C', 'E', 'F', 'PARTS', 'TILES')
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def ffn_expand_kernel(
+    x, weight, bias, hidden, active, M, C, E,
+    V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    KEEP: tl.constexpr,
+):  # fmt: skip
+    """active = GELU(x weightᵀ + bias); KEEP: what GELU was given goes to ``hidden``."""
+    C, E = C * V, E * V
+    columns = tl.cdiv(E, BN)
+    pid = tl.program_id(0)
+    m = pid // columns * BM + tl.arange(0, BM)
+    n = pid % columns * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    rows = m.to(tl.int64)[:, None]
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for first in range(0, C, BK):
+        depth = first + k
+        a = tl.load(x + rows * C + depth[None, :], mask=(m < M)[:, None] & (depth < C)[None, :], other=0.0)
+        b = tl.load(weight + n[None, :] * C + depth[:, None], mask=(n < E)[None, :] & (depth < C)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    acc += tl.load(bias + n, mask=n < E, other=0.0).to(tl.float32)[None, :]
+    mask = (m < M)[:, None] & (n < E)[None, :]
+    h = acc.to(active.dtype.element_ty)
+    if KEEP:
+        tl.store(hidden + rows * E + n[None, :], h, mask=mask)
+    h = h.to(tl.float32)
+    share, _ = gelu_parts(h)
+    tl.store(active + rows * E + n[None, :], (h * share).to(active.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def grn_scale_kernel(squares, gamma, scale, norm, PARTS, E, eps, BE: tl.constexpr):
+    """From the shares of the sums of squares, [B, PARTS, E], the norm of every channel and what it is scaled with."""
+    image = tl.program_id(0)
+    e = tl.arange(0, BE)
+    total = tl.zeros((BE,), dtype=tl.float32)
+    for part in range(0, PARTS):
+        total += tl.load(squares + (image * PARTS + part).to(tl.int64) * E + e, mask=e < E, other=0.0)
+    response = tl.sqrt(total)
+    mean = tl.sum(response, 0) / E
+    factor = tl.load(gamma + e, mask=e < E, other=0.0).to(tl.float32) * (response / (mean + eps)) + 1.0
+    tl.store(scale + image * E + e, factor, mask=e < E)
+    tl.store(norm + image * E + e, response, mask=e < E)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def ffn_project_kernel(
+    y, scale, shift, weight, bias, out, PIXELS, E, F,
+    V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = (scale[image] y + shift) weightᵀ + bias; a program's rows are of one image."""
+    E, F = E * V, F * V
+    columns, tiles = tl.cdiv(F, BN), tl.cdiv(PIXELS, BM)
+    pid = tl.program_id(0)
+    n = pid % columns * BN + tl.arange(0, BN)
+    pid = pid // columns
+    image = pid // tiles
+    m = pid % tiles * BM + tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    rows = (image.to(tl.int64) * PIXELS + m)[:, None]
+    inside = (m < PIXELS)[:, None]
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for first in range(0, E, BK):
+        e = first + k
+        a = tl.load(y + rows * E + e[None, :], mask=inside & (e < E)[None, :], other=0.0)
+        s = tl.load(scale + image * E + e, mask=e < E, other=0.0)
+        t = tl.load(shift + e, mask=e < E, other=0.0).to(tl.float32)
+        a = (a.to(tl.float32) * s[None, :] + t[None, :]).to(y.dtype.element_ty)
+        b = tl.load(weight + n[None, :] * E + e[:, None], mask=(n < F)[None, :] & (e < E)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    acc += tl.load(bias + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + rows * F + n[None, :], acc.to(out.dtype.element_ty), mask=inside & (n < F)[None, :])
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def ffn_project_grad_kernel(
+    grad, weight, y, scale, shift, z, dz, sums, PIXELS, E, F,
+    V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dz = grad weight, beside it z = scale[image] y + shift, which the weight's gradient needs.
+
+    The tile's sums over its rows of dz y and of dz go to sums[B, tiles, 2, E].
+    """
+    E, F = E * V, F * V
+    columns, tiles = tl.cdiv(E, BN), tl.cdiv(PIXELS, BM)
+    pid = tl.program_id(0)
+    n = pid % columns * BN + tl.arange(0, BN)
+    tile = pid // columns
+    image = tile // tiles
+    m = tile % tiles * BM + tl.arange(0, BM)
+    k = tl.arange(0, BK)
+    rows = (image.to(tl.int64) * PIXELS + m)[:, None]
+    inside = (m < PIXELS)[:, None]
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for first in range(0, F, BK):
+        f = first + k
+        a = tl.load(grad + rows * F + f[None, :], mask=inside & (f < F)[None, :], other=0.0)
+        b = tl.load(weight + f[:, None] * E + n[None, :], mask=(f < F)[:, None] & (n < E)[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    known = n < E
+    mask = inside & known[None, :]
+    at = rows * E + n[None, :]
+    map_ = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
+    s = tl.load(scale + image * E + n, mask=known, other=0.0)
+    t = tl.load(shift + n, mask=known, other=0.0).to(tl.float32)
+    tl.store(z + at, (map_ * s[None, :] + t[None, :]).to(z.dtype.element_ty), mask=mask)
+    tl.store(dz + at, acc.to(dz.dtype.element_ty), mask=mask)
+    place = sums + tile.to(tl.int64) * 2 * E + n
+    tl.store(place, tl.sum(acc * map_, 0), mask=known)
+    tl.store(place + E, tl.sum(acc, 0), mask=known)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def grn_grad_kernel(sums, gamma, norm, slope, dgamma, dbeta, TILES, E, eps, BE: tl.constexpr):
+    """From the sums of ``ffn_project_grad_kernel``: the slope by which y adds to its gradient, and an image's share of
+    the gradients of gamma and beta, [B, E] each."""
+    image = tl.program_id(0)
+    e = tl.arange(0, BE)
+    product = tl.zeros((BE,), dtype=tl.float32)
+    plain = tl.zeros((BE,), dtype=tl.float32)
+    for tile in range(0, TILES):
+        place = sums + (image * TILES + tile).to(tl.int64) * 2 * E + e
+        product += tl.load(place, mask=e < E, other=0.0)
+        plain += tl.load(place + E, mask=e < E, other=0.0)
+    g = tl.load(norm + image * E + e, mask=e < E, other=0.0)
+    mean = tl.sum(g, 0) / E + eps
+    dresponse = tl.load(gamma + e, mask=e < E, other=0.0).to(tl.float32) * product
+    dnorm = dresponse / mean - tl.sum(dresponse * g, 0) / (mean * mean * E)
+    tl.store(slope + image * E + e, tl.where(g > 0, dnorm / tl.where(g > 0, g, 1.0), 0.0), mask=e < E)
+    tl.store(dgamma + image * E + e, product * (g / mean), mask=e < E)
+    tl.store(dbeta + image * E + e, plain, mask=e < E)
