@@ -1,14 +1,20 @@
 """Small layers that the blocks are made of."""
 
 import functools
-from typing import Optional, Tuple
+from typing import Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import depthwise_conv2d, depthwise_conv2d_branches, depthwise_conv3x3, feed_forward
+from ..ops import (
+    depthwise_conv2d,
+    depthwise_conv2d_branches,
+    depthwise_conv2d_norm_branches,
+    depthwise_conv3x3,
+    feed_forward,
+)
 from ..ops.affine import affine
 from ..ops.autocast import no_autocast
 from ..ops.feed_forward.reference import grn
@@ -266,10 +272,33 @@ class LargeKernelConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.deploy:
             return self.conv(x)
-        # All convolutions in one call: they read the same map, and a network has hundreds of them.
         paths = [self, *self.branches.values()]
+        if x.device.type != 'cpu' and _train_plainly([path.bn for path in paths]):
+            return self._sum_and_track(x, paths)
+        # All convolutions in one call: they read the same map, and a network has hundreds of them.
         maps = depthwise_conv2d_branches(x, [p.conv.weight for p in paths], [p.conv.dilation[0] for p in paths])
         return functools.reduce(torch.add, (path.bn(y) for path, y in zip(paths, maps)))
+
+    def _sum_and_track(self, x: Tensor, paths: list) -> Tensor:
+        """Convolutions and norms of all branches in one call, and their running statistics with it."""
+        norms = [path.bn for path in paths]
+        out, means, variances = depthwise_conv2d_norm_branches(
+            x,
+            [path.conv.weight for path in paths],
+            [path.conv.dilation[0] for path in paths],
+            [norm.weight for norm in norms],
+            [norm.bias for norm in norms],
+            [norm.eps for norm in norms],
+        )
+        count = x.numel() // x.shape[1]
+        momentum = norms[0].momentum
+        with torch.no_grad():
+            variances = variances * (count / (count - 1))  # a single value a channel has been refused before
+            means, variances = (t.to(norms[0].running_mean.dtype) for t in (means, variances))
+            torch._foreach_lerp_([norm.running_mean for norm in norms], list(means.unbind()), momentum)
+            torch._foreach_lerp_([norm.running_var for norm in norms], list(variances.unbind()), momentum)
+            torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+        return out
 
     @torch.no_grad()
     def merge_branches(self) -> None:
@@ -284,6 +313,12 @@ class LargeKernelConv(nn.Module):
         self.conv.weight.copy_(weight)
         self.conv.bias = nn.Parameter(bias.to(self.conv.weight.dtype))
         del self.bn, self.branches
+
+
+def _train_plainly(norms: Sequence[nn.Module]) -> bool:
+    """Whether batch norms take the statistics of this process's batch and keep the same moving average of them."""
+    plain = all(type(n) is nn.BatchNorm2d and n.training and n.track_running_stats for n in norms)
+    return plain and norms[0].momentum is not None and len({n.momentum for n in norms}) == 1
 
 
 def _spread(weight: Tensor, dilation: int, size: int) -> Tensor:

@@ -2,7 +2,12 @@
 
 from .backends import BackendError, available_backends
 from .contmix import contmix
-from .depthwise import depthwise_conv2d, depthwise_conv2d_branches, depthwise_conv3x3
+from .depthwise import (
+    depthwise_conv2d,
+    depthwise_conv2d_branches,
+    depthwise_conv2d_norm_branches,
+    depthwise_conv3x3,
+)
 from .feed_forward import feed_forward
 
 __all__ = [
@@ -11,6 +16,7 @@ __all__ = [
     'contmix',
     'depthwise_conv2d',
     'depthwise_conv2d_branches',
+    'depthwise_conv2d_norm_branches',
     'depthwise_conv3x3',
     'feed_forward',
 ]

@@ -12,7 +12,7 @@ from torch import nn
 from mmoverlock import ContMixBlock, OverLoCK
 from mmoverlock.checkpoints import to_official
 from mmoverlock.models import ARCHS
-from mmoverlock.models.layers import DropPath
+from mmoverlock.models.layers import DropPath, LargeKernelConv, _train_plainly
 
 ROOT = Path(__file__).parents[2]
 
@@ -335,3 +335,29 @@ def test_memory_of_a_detection_picture_on_cpu():
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) * 1024 < 6 * 2**30
+
+
+def test_branches_in_one_call_track_what_batch_norms_would():
+    """What a GPU runs in training: the same output, and the same running statistics, as norms one by one."""
+    torch.manual_seed(0)
+    single = LargeKernelConv(6, 13).double()
+    together = copy.deepcopy(single)
+    for _ in range(2):
+        x = torch.randn(2, 6, 9, 8, dtype=torch.float64)
+        torch.testing.assert_close(together._sum_and_track(x, [together, *together.branches.values()]), single(x))
+    expected = single.state_dict()
+    for name, found in together.state_dict().items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-10, atol=1e-12)
+
+
+def test_which_norms_go_in_one_call():
+    norms = [torch.nn.BatchNorm2d(4) for _ in range(3)]
+    assert _train_plainly(norms)
+    norms[1].momentum = 0.2
+    assert not _train_plainly(norms)
+    norms[1].momentum = 0.1
+    norms[2].eval()
+    assert not _train_plainly(norms)
+    assert not _train_plainly([torch.nn.SyncBatchNorm(4)])
+    assert not _train_plainly([torch.nn.BatchNorm2d(4, track_running_stats=False)])
+    assert not _train_plainly([torch.nn.BatchNorm2d(4, momentum=None)])

@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from mmoverlock.ops import depthwise_conv2d, depthwise_conv2d_branches
+from mmoverlock.ops import depthwise_conv2d, depthwise_conv2d_branches, depthwise_conv2d_norm_branches
+from mmoverlock.ops.depthwise import norm
 from mmoverlock.ops.depthwise import triton as fused
 
 CUDA = torch.cuda.is_available()
@@ -274,4 +275,101 @@ def test_branches_compile(frozen):
     compiled = torch.compile(function, fullgraph=True, backend='aot_eager')
     found = torch.autograd.grad(compiled(x, *weights), wanted)
     for a, b in zip(found, torch.autograd.grad(function(x, *weights), wanted)):
+        torch.testing.assert_close(a, b)
+
+
+NORMED = ((7, 1), (3, 1), (3, 2))
+
+
+def norm_arguments(shape, dtype=torch.float32):
+    """A map whose channels lie far from zero, kernels, gammas, betas."""
+    x, *_ = arguments(shape, 1)
+    x = (x.detach() + torch.arange(shape[1], device=DEVICE).view(1, -1, 1, 1)).to(dtype).requires_grad_()
+    weights = [arguments(shape, size)[1] for size, _ in NORMED]
+    return [x, *weights, *(arguments(shape, n)[2] for n in range(2 * len(NORMED)))]
+
+
+def norm_branches(*args, backend='triton'):
+    n = len(NORMED)
+    x, weights, gammas, betas = args[0], args[1 : n + 1], args[n + 1 : 2 * n + 1], args[2 * n + 1 :]
+    dilations = [dilation for _, dilation in NORMED]
+    return depthwise_conv2d_norm_branches(x, weights, dilations, gammas, betas, [1e-5] * n, backend=backend)
+
+
+@pytest.mark.parametrize(
+    'shape, dtype',
+    [
+        ((2, 3, 9, 14), torch.float32),
+        ((3, 2, 7, 7), torch.float32),
+        ((1, 17, 5, 6), torch.float16),  # more channels than a program of the statistics takes
+        ((9, 1, 3, 40), torch.float16),
+    ],
+)
+def test_norm_branches_equal_the_definition(shape, dtype):
+    args = norm_arguments(shape, dtype)
+    exact = [a.detach().double().requires_grad_() for a in args]
+    expected = norm_branches(*exact, backend='reference')
+    cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(args[0])
+    gradients = torch.autograd.grad(expected[0], exact, cotangent.double())
+    torch.use_deterministic_algorithms(True, warn_only=True)  # poisons what is not written with NaN
+    try:
+        found = norm_branches(*args)
+        found = (*found, *torch.autograd.grad(found[0], args, cotangent))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found[0].dtype == found[3].dtype == dtype and all(t.dtype == torch.float32 for t in found[4:])
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, (*expected, *gradients))]
+    assert max(errors) < (1e-5 if dtype is torch.float32 else 2e-3), errors
+
+
+@pytest.mark.parametrize('batch, pixels', [(64, 56 * 56), (64, 49), (1, 320 * 200), (5, 14 * 14)])
+def test_norm_branches_plan(batch, pixels):
+    plan = norm.plan((batch, 64, 1, pixels), 7)
+    assert (plan['splits'] - 1) * plan['part'] < batch <= plan['splits'] * plan['part']
+    width = plan['planes']['PX']
+    assert plan['programs'] * 1024 >= batch * 64 * pixels and pixels % plan['planes']['V'] == 0
+    assert plan['programs'] == -(-batch * 64 // (1024 // width)) * -(-pixels // width)
+
+
+def test_norm_branches_without_input_gradient():
+    args = norm_arguments((2, 1, 4, 5))
+    args[0].requires_grad_(False)
+    out, mean, var = norm_branches(*args)
+    assert not mean.requires_grad and not var.requires_grad
+    found = torch.autograd.grad(out.square().sum(), args[1:])
+    expected = torch.autograd.grad(norm_branches(*args, backend='reference')[0].square().sum(), args[1:])
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_norm_branches_second_derivative():
+    args = norm_arguments((2, 1, 3, 3))
+    results = []
+    for backend in ('triton', 'reference'):
+        first = torch.autograd.grad(norm_branches(*args, backend=backend)[0].pow(3).sum(), args, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), args))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+def test_norm_branches_registered_as_torch_asks():
+    args = norm_arguments((2, 1, 4, 4))
+    n = len(NORMED)
+    lists = (args[1 : n + 1], [d for _, d in NORMED], args[n + 1 : 2 * n + 1], args[2 * n + 1 :], [1e-5] * n)
+    checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
+    torch.library.opcheck(norm._norm_branches, (args[0], *lists), test_utils=checks)
+    x, *lists = args[0].detach(), *([t.detach() if isinstance(t, torch.Tensor) else t for t in l] for l in lists)
+    out, mean, var, y = norm._norm_branches(x, *lists)
+    for wanted in (True, False):
+        inputs = (torch.randn_like(out), x, y, mean, var, *lists, wanted)
+        torch.library.opcheck(norm._gradients, inputs, test_utils=checks)
+
+
+def test_norm_branches_traced():
+    args = norm_arguments((2, 2, 4, 6))
+    compiled = torch.compile(norm_branches, fullgraph=True, backend='aot_eager')
+    for a, b in zip(compiled(*args), norm_branches(*args)):
+        torch.testing.assert_close(a, b)
+    found, expected = (torch.autograd.grad(f(*args)[0].square().sum(), args) for f in (compiled, norm_branches))
+    for a, b in zip(found, expected):
         torch.testing.assert_close(a, b)

@@ -1,12 +1,14 @@
 """Depthwise convolution with large (5 … 19), dilated small, or plain 3x3 kernels, stride 1, size kept."""
 
-from typing import Callable, List, Optional, Sequence
+from typing import Callable, List, Optional, Sequence, Tuple
 
 from torch import Tensor
 
 from ..backends import Backend, dispatch, register
 from .implicit_gemm import depthwise_conv2d_implicit_gemm
 from .implicit_gemm import refuse as refuse_implicit_gemm
+from .norm import norm_branches_reference, norm_branches_triton
+from .norm import refuse as refuse_norm_branches
 from .reference import depthwise_conv2d_reference
 from .small import conv3x3_reference, conv3x3_triton
 from .small import refuse as refuse_small
@@ -46,6 +48,13 @@ register(
             _refuse_branches_implicit_gemm,
             auto=False,
         ),
+    ],
+)
+register(
+    'depthwise_conv2d_norm_branches',
+    [
+        Backend('triton', norm_branches_triton, refuse_norm_branches),
+        Backend('reference', norm_branches_reference, lambda *args: None),
     ],
 )
 register(
@@ -113,6 +122,48 @@ def depthwise_conv2d_branches(
     for weight in weights:
         _check(x, weight)
     return dispatch('depthwise_conv2d_branches', backend, x, weights, dilations)
+
+
+def depthwise_conv2d_norm_branches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    eps: Sequence[float],
+    backend: str = 'auto',
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Several convolutions of one map, a batch norm after each, and their sum.
+
+    The norms are by the statistics of the batch, as in training. Source: `UniRepLKNet
+    <https://arxiv.org/abs/2311.15599>`_, the dilated re-parameterised block.
+
+    Args:
+        x (Tensor): (B, C, H, W).
+        weights (Sequence[Tensor]): (C, 1, k, k) each, k odd.
+        dilations (Sequence[int]): One for each of them, and so are the following.
+        gammas, betas (Sequence[Tensor]): (C,) each, of the batch norms.
+        eps (Sequence[float]): Of the batch norms.
+        backend (str): ``'auto'``, ``'triton'``, ``'reference'``. The environment variable ``MMOVERLOCK_BACKEND``
+            overrides ``'auto'``. Defaults to ``'auto'``.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: The sum, (B, C, H, W); means and (biased) variances of the branches, (n, C)
+        each, in float32 at least, without gradients.
+
+    Raises:
+        ValueError: A weight does not fit the channels, or its size is even; or the numbers of branches differ.
+        BackendError: The named backend cannot take the call.
+    """
+    if len({len(weights), len(dilations), len(gammas), len(betas), len(eps)}) != 1:
+        raise ValueError(
+            f'depthwise_conv2d_norm_branches: {len(weights)} weights, {len(dilations)} dilations, {len(gammas)} gammas, '
+            f'{len(betas)} betas, {len(eps)} eps; they must be as many'
+        )
+    for weight in weights:
+        _check(x, weight)
+    out, mean, var = dispatch('depthwise_conv2d_norm_branches', backend, *(x, weights, dilations, gammas, betas, eps))
+    return out, mean.detach(), var.detach()
 
 
 def depthwise_conv3x3(

@@ -48,7 +48,8 @@ def refuse(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) ->
 def conv3x3_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
     """As the reference, but the result is channels-last whatever the memory format of ``x``.
 
-    Computes in the type of ``x``, or in that of autocast, with sums in float32; ``weight`` and ``bias`` are not rounded.
+    Computes in the type of ``x``, or in that of autocast, with sums in float32.
+    ``weight`` and ``bias`` are not rounded.
     """
     return torch.ops.mmoverlock.depthwise_conv3x3(channels_last_input(x), weight, bias, residual)
 

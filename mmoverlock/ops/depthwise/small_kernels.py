@@ -41,8 +41,8 @@ def gelu_parts(h):
     """The share of ``h`` that GELU lets through, and its density: GELU is h p, its derivative p + h d.
 
     The error function would be the dearest part of the feed-forward half. The tail of the normal distribution is
-    exp(-h² / 2) times a polynomial of 1 / (1 + 0.297 |h|), within 2.5e-6 of it everywhere, the fit being of the relative
-    error: a hundredth of what half precision rounds to.
+    exp(-h² / 2) times a polynomial of 1 / (1 + 0.297 |h|), within 2.5e-6 of it everywhere (the fit
+    is of the relative error): a hundredth of what half precision rounds to.
     """
     bell = tl.exp(-0.5 * h * h)
     t = 1.0 / (1.0 + 0.2969848480983500 * tl.abs(h))

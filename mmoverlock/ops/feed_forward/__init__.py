@@ -1,7 +1,5 @@
 """The feed-forward half of a block: 1x1, GELU, residual depthwise 3x3, global response normalisation, 1x1."""
 
-from typing import Optional
-
 from torch import Tensor
 
 from ..backends import Backend, dispatch, register

@@ -102,9 +102,7 @@ def _feed_forward(
         )
         y, squares = launch_forward(active, dw_weight, dw_bias, residual, True)
         scale, norm = x.new_empty((2, batch, hidden), dtype=torch.float32).unbind(0)
-        grn_scale_kernel[(batch,)](
-            squares, gamma, scale, norm, squares.shape[1], hidden, eps, BE=power_of_two(hidden)
-        )
+        grn_scale_kernel[(batch,)](squares, gamma, scale, norm, squares.shape[1], hidden, eps, BE=power_of_two(hidden))
         out = _channels_last(x, channels_out)
         tiles = _tiles(pixels, channels_out, x.dtype)
         ffn_project_kernel[(batch * -(-pixels // tiles['BM']) * -(-channels_out // tiles['BN']),)](

@@ -1,0 +1,193 @@
+"""Parallel depthwise convolutions with a batch norm each, summed: a re-parameterised large kernel while it trains.
+
+The convolutions are those of ``triton``; the kernels of the norms, for all branches at once, are in ``norm_kernels``.
+"""
+
+from functools import lru_cache
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from ..triton_common import on, power_of_two
+from .reference import depthwise_conv2d_reference
+from .triton import _input, _launch_conv, _launch_weight_grad, refuse_branches
+
+_PROGRAMS = 1056  # to aim at where the batch is summed in parts
+
+
+def norm_branches_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    gammas: Sequence[Tensor],
+    betas: Sequence[Tensor],
+    eps: Sequence[float],
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Arguments as :func:`mmoverlock.ops.depthwise_conv2d_norm_branches`."""
+    total, means, variances = None, [], []
+    for weight, dilation, gamma, beta, e in zip(weights, dilations, gammas, betas, eps):
+        y = depthwise_conv2d_reference(x, weight, None, dilation)
+        out = torch.nn.functional.batch_norm(y, None, None, gamma, beta, True, 0.0, e)
+        total = out if total is None else total + out
+        wide = y.detach().to(torch.promote_types(y.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        means.append(mean)
+        variances.append(variance)
+    return total, torch.stack(means), torch.stack(variances)
+
+
+def refuse(x, weights, dilations, gammas, betas, eps) -> Optional[str]:
+    """Why the kernels cannot serve the call, or None."""
+    return refuse_branches(x, [*weights, *gammas, *betas], [*dilations]) if len(weights) <= 16 else 'over 16 branches'
+
+
+def norm_branches_triton(x, weights, dilations, gammas, betas, eps) -> Tuple[Tensor, Tensor, Tensor]:
+    """As the reference, but the result is contiguous (NCHW) whatever the memory format of ``x``.
+
+    Computes in the type of ``x``, or in that of autocast. Sums, statistics and what is between them are float32.
+    """
+    found = torch.ops.mmoverlock.depthwise_conv2d_norm_branches(
+        _input(x), list(weights), list(dilations), list(gammas), list(betas), list(eps)
+    )
+    return found[0], found[1], found[2]
+
+
+@lru_cache(maxsize=1024)
+def plan(shape, branches: int) -> dict:
+    """Constants of the kernels and sizes that follow from those of the map."""
+    batch, channels, height, width = shape
+    pixels = height * width
+    vector = next(v for v in (8, 4, 2, 1) if pixels % v == 0)
+    wide, narrow = min(512, power_of_two(pixels)), min(1024, power_of_two(pixels))
+    splits = max(1, min(-(-_PROGRAMS // channels), batch * pixels // 4096))
+    part = -(-batch // splits)
+    return dict(
+        sums=dict(N=branches, NB=power_of_two(branches), V=vector, BX=512, PX=wide),
+        planes=dict(N=branches, V=vector, BX=1024, PX=narrow),
+        splits=-(-batch // part),
+        part=part,
+        programs=-(-batch * channels // (1024 // narrow)) * -(-pixels // narrow),
+        vectors=pixels // vector,
+    )
+
+
+def _sums(y: Tensor, grad: Optional[Tensor], mean: Optional[Tensor]) -> Tensor:
+    from .norm_kernels import branch_sums_kernel
+
+    branches, batch, channels = y.shape[:3]
+    p = plan(y.shape[1:], branches)
+    sums = y.new_empty((p['splits'], 2, p['sums']['NB'], channels), dtype=torch.float32)
+    branch_sums_kernel[(channels * p['splits'],)](
+        y, y if grad is None else grad, sums if mean is None else mean, sums, batch, channels, p['vectors'],
+        y.stride(0), p['splits'], p['part'], **p['sums'], GRAD=grad is not None,
+    )  # fmt: skip
+    return sums
+
+
+def _eps(y: Tensor, eps: Sequence[float]) -> Tensor:
+    if len(set(eps)) == 1:  # no copy from the host, which a CUDA graph could not record
+        return torch.full((len(eps),), eps[0], dtype=torch.float32, device=y.device)
+    return torch.stack([torch.full((), e, dtype=torch.float32, device=y.device) for e in eps])
+
+
+@torch.library.custom_op('mmoverlock::depthwise_conv2d_norm_branches', mutates_args=())
+def _norm_branches(
+    x: Tensor, weights: List[Tensor], dilations: List[int], gammas: List[Tensor], betas: List[Tensor], eps: List[float]
+) -> List[Tensor]:
+    """The output, mean and variance of every branch, and the branches' maps, which the backward pass needs."""
+    from .norm_kernels import branch_statistics_kernel, branch_sum_kernel
+
+    x = x.contiguous()
+    (batch, channels, *_), branches = x.shape, len(weights)
+    y = x.new_empty((branches, *x.shape))
+    for out, weight, dilation in zip(y.unbind(0), weights, dilations):
+        _launch_conv(x, weight, None, dilation, False, out)
+    p = plan(x.shape, branches)
+    mean, var, factor = (x.new_empty((branches, channels), dtype=torch.float32) for _ in range(3))
+    shift, out = x.new_empty((channels,), dtype=torch.float32), torch.empty_like(x)
+    with on(x.device):
+        branch_statistics_kernel[(-(-channels // 16),)](
+            y, _sums(y, None, None), torch.stack(gammas), torch.stack(betas), _eps(y, eps), mean, var, factor, shift,
+            channels, p['vectors'], y.stride(0), p['splits'], x.numel() // channels,
+            N=branches, NB=p['sums']['NB'], V=p['sums']['V'], BC=16,
+        )  # fmt: skip
+        branch_sum_kernel[(p['programs'],)](
+            y, factor, shift, out, channels, batch * channels, p['vectors'], y.stride(0), **p['planes']
+        )
+    return [out, mean, var, y]
+
+
+@_norm_branches.register_fake
+def _(x, weights, dilations, gammas, betas, eps):
+    branches, channels = len(weights), x.shape[1]
+    statistics = [x.new_empty((branches, channels), dtype=torch.float32) for _ in range(2)]
+    return [x.new_empty(x.shape), *statistics, x.new_empty((branches, *x.shape))]
+
+
+@torch.library.custom_op('mmoverlock::depthwise_conv2d_norm_branches_backward', mutates_args=())
+def _gradients(
+    grad: Tensor, x: Tensor, y: Tensor, mean: Tensor, var: Tensor, weights: List[Tensor], dilations: List[int],
+    gammas: List[Tensor], betas: List[Tensor], eps: List[float], input_grad: bool,
+) -> List[Tensor]:  # fmt: skip
+    """Gradients of the weights, of gammas and of betas, and at last that of the map if it is wanted."""
+    from .norm_kernels import branch_grad_kernel, branch_slopes_kernel
+
+    grad, x = grad.contiguous(), x.contiguous()
+    (batch, channels, *_), branches = x.shape, len(weights)
+    p = plan(x.shape, branches)
+    slopes = x.new_empty((3, branches, channels), dtype=torch.float32)
+    dgamma, dbeta = (x.new_empty((branches, channels), dtype=torch.float32) for _ in range(2))
+    found, dx, dy = [], torch.empty_like(x) if input_grad else None, torch.empty_like(x)
+    with on(x.device):
+        branch_slopes_kernel[(-(-channels // 16),)](
+            _sums(y, grad, mean), mean, var, torch.stack(gammas), _eps(y, eps), slopes, dgamma, dbeta, channels,
+            p['splits'], x.numel() // channels, N=branches, NB=p['sums']['NB'], BC=16,
+        )  # fmt: skip
+        for n, (weight, dilation) in enumerate(zip(weights, dilations)):
+            # One branch at a time: the gradients of all maps at once would be the peak of the network's memory.
+            branch_grad_kernel[(p['programs'],)](
+                grad, y[n], slopes[0, n], dy, channels, batch * channels, p['vectors'], **p['planes']
+            )
+            if input_grad:
+                _launch_conv(dy, weight, None, dilation, True, dx, add=n > 0)
+            found.append(_launch_weight_grad(dy, x, weight.shape[-1], dilation).to(weight.dtype))
+    found += [row.to(gamma.dtype, copy=True) for row, gamma in zip(dgamma, gammas)]
+    found += [row.to(beta.dtype, copy=True) for row, beta in zip(dbeta, betas)]
+    return [*found, dx] if input_grad else found
+
+
+@_gradients.register_fake
+def _(grad, x, y, mean, var, weights, dilations, gammas, betas, eps, input_grad):
+    found = [t.new_empty(t.shape) for t in (*weights, *gammas, *betas)]
+    return [*found, x.new_empty(x.shape)] if input_grad else found
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weights, dilations, gammas, betas, eps = inputs
+    _, mean, var, y = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, y, mean, var, *weights, *gammas, *betas)
+    ctx.dilations, ctx.eps = dilations, eps
+    ctx.input_grad = x.requires_grad
+
+
+def _backward(ctx, grads: List[Optional[Tensor]]):
+    x, y, mean, var, *parameters = ctx.saved_tensors
+    count = len(ctx.dilations)
+    weights, gammas, betas = (parameters[i * count : (i + 1) * count] for i in range(3))
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # The gradients are to be differentiated again (create_graph=True): those of the definition can be.
+        out, _, _ = norm_branches_reference(x, weights, ctx.dilations, gammas, betas, ctx.eps)
+        wanted = [t for t in (x, *parameters) if t.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
+        dx, *rest = (next(found) if t.requires_grad else None for t in (x, *parameters))
+    else:
+        rest = torch.ops.mmoverlock.depthwise_conv2d_norm_branches_backward(
+            grads[0], x, y, mean, var, weights, ctx.dilations, gammas, betas, ctx.eps, ctx.input_grad
+        )
+        dx = rest.pop() if ctx.input_grad else None
+    return dx, rest[:count], None, rest[count : 2 * count], rest[2 * count :], None
+
+
+_norm_branches.register_autograd(_backward, setup_context=_save)

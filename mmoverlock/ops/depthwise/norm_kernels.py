@@ -1,0 +1,152 @@
+"""Triton kernels of the batch norms behind parallel depthwise convolutions: all branches at once.
+
+The branches' maps lie one behind the other, y[N, B, C, H, W]. A tile is all N branches (NB, a power of two) times BX
+positions, PX of one plane and as many planes as are left.
+
+Names: N branches; HW positions of a plane, HWV * V; FAR elements from one branch to the next; SPLITS parts that the
+batch is summed in, PART images each; COUNT values that a channel's statistics are of.
+"""
+
+import triton
+import triton.language as tl
+
+_SIZES = ('B', 'C', 'HWV', 'FAR', 'SPLITS', 'PART', 'PLANES', 'COUNT')
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def branch_sums_kernel(
+    y, grad, mean, sums, B, C, HWV, FAR, SPLITS, PART,
+    N: tl.constexpr, NB: tl.constexpr, V: tl.constexpr, BX: tl.constexpr, PX: tl.constexpr, GRAD: tl.constexpr,
+):  # fmt: skip
+    """sums[split, 2, NB, C] of d and d², d being y less its first value; GRAD: of grad and grad (y - mean)."""
+    HW = HWV * V
+    pid = tl.program_id(0)
+    c = pid % C
+    split = pid // C
+    n = tl.arange(0, NB)
+    x = tl.arange(0, BX)
+    image, place = x // PX, x % PX
+    branch = y + n.to(tl.int64)[:, None] * FAR
+    if GRAD:
+        centre = tl.load(mean + n * C + c, mask=n < N, other=0.0)[:, None]
+    else:
+        centre = tl.load(y + n.to(tl.int64) * FAR + c * HW, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    one = tl.zeros((NB, BX), dtype=tl.float32)
+    two = tl.zeros((NB, BX), dtype=tl.float32)
+    end = tl.minimum((split + 1) * PART, B)
+    for first in range(split * PART, end, BX // PX):
+        b = first + image
+        plane = (b * C + c).to(tl.int64) * HW
+        for start in range(0, HW, PX):
+            inside = (b < end) & (start + place < HW)
+            offset = plane + start + place
+            mask = (n < N)[:, None] & inside[None, :]
+            d = tl.load(branch + offset[None, :], mask=mask, other=0.0).to(tl.float32) - centre
+            if GRAD:
+                g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)[None, :]
+                one += g
+                two += g * d
+            else:
+                d = tl.where(mask, d, 0.0)
+                one += d
+                two += d * d
+    at = sums + (split * 2 * NB + n) * C + c
+    tl.store(at, tl.sum(one, 1))
+    tl.store(at + NB * C, tl.sum(two, 1))
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def branch_statistics_kernel(
+    y, sums, gamma, beta, eps, mean, var, factor, shift, C, HWV, FAR, SPLITS, COUNT,
+    N: tl.constexpr, NB: tl.constexpr, V: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Mean and variance of every branch, what its map is multiplied by, and what all together are shifted by."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    n = tl.arange(0, NB)
+    known = (n < N)[:, None] & (c < C)[None, :]
+    at = n[:, None] * C + c[None, :]
+    one = tl.zeros((NB, BC), dtype=tl.float32)
+    two = tl.zeros((NB, BC), dtype=tl.float32)
+    for split in range(0, SPLITS):
+        place = sums + split * 2 * NB * C + at
+        one += tl.load(place, mask=known, other=0.0)
+        two += tl.load(place + NB * C, mask=known, other=0.0)
+    first = tl.load(y + n.to(tl.int64)[:, None] * FAR + c[None, :] * (HWV * V), mask=known, other=0.0).to(tl.float32)
+    one /= COUNT
+    centre = first + one
+    spread = tl.maximum(two / COUNT - one * one, 0.0)
+    tl.store(mean + at, centre, mask=known)
+    tl.store(var + at, spread, mask=known)
+    scale = tl.load(gamma + at, mask=known, other=0.0).to(tl.float32)
+    scale /= tl.sqrt(spread + tl.load(eps + n, mask=n < N, other=1.0)[:, None])
+    tl.store(factor + at, scale, mask=known)
+    rest = tl.where(known, tl.load(beta + at, mask=known, other=0.0).to(tl.float32) - centre * scale, 0.0)
+    tl.store(shift + c, tl.sum(rest, 0), mask=c < C)
+
+
+@triton.jit
+def _planes(C, PLANES, HW, BX: tl.constexpr, PX: tl.constexpr):
+    """Offsets of a tile's positions, channels, and whether they are there."""
+    parts = tl.cdiv(HW, PX)
+    pid = tl.program_id(0)
+    x = tl.arange(0, BX)
+    plane = pid // parts * (BX // PX) + x // PX
+    place = pid % parts * PX + x % PX
+    return plane.to(tl.int64) * HW + place, plane % C, (plane < PLANES) & (place < HW)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def branch_sum_kernel(
+    y, factor, shift, out, C, PLANES, HWV, FAR,
+    N: tl.constexpr, V: tl.constexpr, BX: tl.constexpr, PX: tl.constexpr,
+):  # fmt: skip
+    """out = shift + sum of factor y over the branches."""
+    at, c, inside = _planes(C, PLANES, HWV * V, BX, PX)
+    acc = tl.load(shift + c, mask=inside, other=0.0)
+    far = FAR.to(tl.int64)
+    for n in tl.static_range(N):
+        value = tl.load(y + n * far + at, mask=inside, other=0.0).to(tl.float32)
+        acc += tl.load(factor + n * C + c, mask=inside, other=0.0) * value
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def branch_slopes_kernel(
+    sums, mean, var, gamma, eps, slopes, dgamma, dbeta, C, SPLITS, COUNT,
+    N: tl.constexpr, NB: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """slopes[3, N, C], of which a branch's gradient is slopes[0] grad + slopes[1] y + slopes[2]; gradients [N, C]."""
+    c = tl.program_id(0) * BC + tl.arange(0, BC)
+    n = tl.arange(0, NB)
+    known = (n < N)[:, None] & (c < C)[None, :]
+    at = n[:, None] * C + c[None, :]
+    one = tl.zeros((NB, BC), dtype=tl.float32)
+    two = tl.zeros((NB, BC), dtype=tl.float32)
+    for split in range(0, SPLITS):
+        place = sums + split * 2 * NB * C + at
+        one += tl.load(place, mask=known, other=0.0)
+        two += tl.load(place + NB * C, mask=known, other=0.0)
+    inverse = 1.0 / tl.sqrt(tl.load(var + at, mask=known, other=1.0) + tl.load(eps + n, mask=n < N, other=1.0)[:, None])
+    direct = tl.load(gamma + at, mask=known, other=0.0).to(tl.float32) * inverse
+    own = -direct * inverse * inverse * two / COUNT
+    tl.store(slopes + at, direct, mask=known)
+    tl.store(slopes + N * C + at, own, mask=known)
+    tl.store(
+        slopes + 2 * N * C + at, -direct * one / COUNT - own * tl.load(mean + at, mask=known, other=0.0), mask=known
+    )
+    tl.store(dgamma + at, two * inverse, mask=known)
+    tl.store(dbeta + at, one, mask=known)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def branch_grad_kernel(
+    grad, y, slopes, out, C, PLANES, HWV, N: tl.constexpr, V: tl.constexpr, BX: tl.constexpr, PX: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one branch's map; ``y`` and ``slopes`` begin at that branch."""
+    at, c, inside = _planes(C, PLANES, HWV * V, BX, PX)
+    g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    direct = tl.load(slopes + c, mask=inside, other=0.0)
+    own = tl.load(slopes + N * C + c, mask=inside, other=0.0)
+    rest = tl.load(slopes + 2 * N * C + c, mask=inside, other=0.0)
+    tl.store(out + at, (direct * g + own * value + rest).to(out.dtype.element_ty), mask=inside)
