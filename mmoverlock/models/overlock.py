@@ -429,7 +429,7 @@ class OverLoCK(BaseModule):
         switch_to_deploy(self)
 
     def compile_blocks(self, **options) -> None:
-        """Compiles the blocks, in place; they are translated as they are first called.
+        """Compiles the stem and the blocks, in place; they are translated as they are first called.
 
         The blocks of a stage are alike: one is translated and the others share its code. That takes a fraction of the
         time that ``torch.compile`` takes for the whole network and gives nearly all of its speed.
@@ -447,6 +447,7 @@ class OverLoCK(BaseModule):
             forward = torch.compile(FunctionType(code, kind.forward.__globals__), fullgraph=True, **options)
             for block in blocks:
                 block.forward = partial(forward, block)
+        self.stem.forward = partial(torch.compile(_in_order, fullgraph=True, **options), self.stem)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
         """Depth of a parameter's layer, for layer-wise learning rate decay.
@@ -475,6 +476,12 @@ class OverLoCK(BaseModule):
             return num_layers - 1, num_layers
         block = int(rest[0]) if name in stages else 0
         return 1 + sum(depths[: stages.index(stage)]) + block, num_layers
+
+
+def _in_order(modules: nn.Sequential, x: Tensor) -> Tensor:
+    for module in modules:
+        x = module(x)
+    return x
 
 
 @contextmanager

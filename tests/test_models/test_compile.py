@@ -63,6 +63,10 @@ def test_compiled_blocks_can_be_copied(tiny):
     x = torch.randn(1, 8, 16, 16)
     assert not torch.allclose(double.stage1(x), model.stage1(x))
     assert double.stage1[0].forward.args[0] is double.stage1[0]
+    assert double.stem.forward.args[0] is double.stem
+    image = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model.stem(image), torch.nn.Sequential.forward(model.stem, image))
+    assert not torch.allclose(double.stem(image), model.stem(image))
 
 
 @torch.library.custom_op('mmoverlock_test::contmix', mutates_args=())

@@ -95,6 +95,7 @@ def test_memory_is_planned_where_windows_are_shared():
     sums = 2 * 4 * 128 * 8 * 2 * 14 * 14
     cells = 4 * 8 * 14 * 14 * 256
     assert products + sums + table * (1 + plan.splits()) + cells <= 0.1 * plan.logits_bytes
+    assert plan.chunk() < plan.chunk(train=False) == 128  # nothing is kept for a backward pass: one launch
 
 
 @pytest.mark.parametrize('height, width, shared_windows', [(13, 13, True), (14, 14, True), (13, 15, False)])

@@ -187,7 +187,7 @@ def test_operator_is_registered_properly():
     args = arguments(1, 1, 2, 3, 4, 1, 3, 2, 1)
     torch.library.opcheck(
         torch.ops.mmoverlock.contmix.default,
-        args,
+        (*args, True),
         test_utils=('test_schema', 'test_autograd_registration', 'test_faketensor'),
     )
 

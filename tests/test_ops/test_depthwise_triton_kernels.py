@@ -358,7 +358,8 @@ def test_norm_branches_registered_as_torch_asks():
     lists = (args[1 : n + 1], [d for _, d in NORMED], args[n + 1 : 2 * n + 1], args[2 * n + 1 :], [1e-5] * n)
     checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
     torch.library.opcheck(norm._norm_branches, (args[0], *lists), test_utils=checks)
-    x, *lists = args[0].detach(), *([t.detach() if isinstance(t, torch.Tensor) else t for t in l] for l in lists)
+    x = args[0].detach()
+    lists = [[t.detach() if isinstance(t, torch.Tensor) else t for t in values] for values in lists]
     out, mean, var, y = norm._norm_branches(x, *lists)
     for wanted in (True, False):
         inputs = (torch.randn_like(out), x, y, mean, var, *lists, wanted)

@@ -1,5 +1,6 @@
 """When the fused feed-forward half is chosen, how the 3x3 cuts maps, and the kernels interpreted on the CPU."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,23 @@ def test_plan_covers_the_map(tile, batch, channels, height, width):
     assert (lanes - 1) * constants['BW'] < width <= lanes * constants['BW']
     assert parts == strips * lanes
     assert programs == batch * parts * -(-channels // constants['BC'])
+
+
+@pytest.mark.skipif(not triton_common.INSTALLED, reason='needs Triton')
+def test_compiler_keeps_rows_that_travel_with_the_loop():
+    """Triton 3.6 folds ``a, b = b, c`` with one first value for both into a constant ``a``; see the backward kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from mmoverlock.ops.depthwise import small_kernels
+
+    kernel = small_kernels.depthwise3_backward_kernel
+    constants = dict(V=2, BW=8, BC=16, RESIDUAL=True, GRN=False, GELU=True, STAGES=1)
+    signature = {name: '*fp32' for name in kernel.arg_names}
+    signature.update(dict.fromkeys(small_kernels._SIZES, 'i32'), **dict.fromkeys(constants, 'constexpr'))
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+    compiled = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=4))
+    carried = re.search(r'scf\.for .*?iter_args\((.*?)\) ->', compiled.asm['ttir'])[1]
+    assert {'u0', 'u1', 'slope0', 'slope1'} <= set(re.findall(r'%(\w+) =', carried)), carried

@@ -9,7 +9,10 @@ map being written and read between its kernels.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import multiprocessing
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -136,57 +139,66 @@ def report(cases, dtype, compiled):
 def profile(cases, dtype):
     """Prints the kernels of forward and backward, in microseconds."""
     for name, sizes in cases.items():
-        run = steps(feed_forward, arguments(sizes, dtype, dtype))['both']
-        run('triton')
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
-            for _ in range(5):
-                run('triton')
-            torch.cuda.synchronize()
-        events = sorted(prof.key_averages(), key=lambda e: -e.device_time_total)
-        print(name, *(f'{e.key[:26]} {e.device_time_total / 5:.1f};' for e in events[:14]), flush=True)
+        times = sorted(kernel_times(arguments(sizes, dtype, dtype)).items(), key=lambda item: -item[1])
+        print(name, *(f'{key[:26]} {time:.1f};' for key, time in times[:14]), flush=True)
 
 
-PRODUCTS = [
-    dict(zip(('rows', 'columns', 'depth', 'warps', 'stages'), values))
+SHAPES = (
+    (128, 128, 64, 8, 3, 128), (128, 128, 64, 8, 2, 128), (128, 128, 32, 8, 4, 128), (128, 128, 64, 4, 3, 255),
+    (128, 64, 64, 4, 3, 255), (128, 64, 64, 4, 3, 128), (64, 128, 64, 4, 3, 255), (64, 128, 64, 4, 3, 128),
+    (64, 128, 32, 4, 4, 128), (64, 64, 64, 4, 3, 255), (256, 128, 64, 8, 3, 255), (64, 256, 64, 8, 3, 128),
+)  # fmt: skip
+PRODUCTS = [dict(expand=s, project=s, project_grad=s) for s in SHAPES]
+CONVS = [
+    dict(zip(('tile', 'grad_tile', 'warps', 'stages', 'grad_stages'), values))
     for values in (
-        (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), (128, 128, 32, 8, 4), (128, 256, 64, 8, 3),
-        (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), (64, 256, 64, 8, 3), (64, 64, 64, 4, 4), (256, 64, 64, 8, 3),
-        (256, 128, 64, 8, 3), (128, 128, 64, 8, 2), (128, 256, 64, 4, 2),
+        (1024, 512, 4, 1, 1), (1024, 512, 4, 2, 2), (1024, 512, 4, 3, 3), (1024, 512, 4, 4, 4), (512, 256, 4, 2, 1),
+        (512, 256, 4, 3, 3), (512, 256, 4, 4, 4), (512, 128, 4, 3, 3), (512, 256, 2, 3, 3), (2048, 512, 8, 3, 3),
     )
 ]  # fmt: skip
-CONVS = [
-    dict(zip(('tile', 'grad_tile', 'warps'), values))
-    for values in ((1024, 512, 4), (512, 256, 4), (512, 512, 2), (2048, 1024, 8), (1024, 1024, 4), (512, 256, 2))
-]  # fmt: skip
-CONVS += [dict(programs=p) for p in (528, 1056, 4224)]
-
-
 KERNELS = ('ffn_expand', 'ffn_project_kernel', 'ffn_project_grad', 'depthwise3_forward', 'depthwise3_back')
+
+
+def kernel_times(args, repeats=4):
+    """Microseconds of forward and backward by kernel."""
+    run = steps(feed_forward, args)['both']
+    run('triton')
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+        for _ in range(repeats):
+            run('triton')
+        torch.cuda.synchronize()
+    return {e.key: e.device_time_total / repeats for e in prof.key_averages()}
+
+
+def _trial(module, option, sizes, dtype):
+    """Times under one choice of launch parameters; what does not fit is a result, too."""
+    kept = module.TUNING
+    module.TUNING = dataclasses.replace(kept, **option)
+    try:
+        times = kernel_times(arguments(sizes, dtype, dtype))
+    except Exception as problem:
+        return type(problem).__name__
+    finally:
+        module.TUNING = kept
+    sums = ((name, sum(t for k, t in times.items() if k.startswith(name))) for name in KERNELS)
+    return ' '.join(f'{name} {total:.1f}' for name, total in sums)
 
 
 def tune(cases, dtype):
     """Prints the kernels of interest, in microseconds, under several launch parameters."""
-    for module, options in ((fused, PRODUCTS), (small, CONVS)):
-        kept = module.TUNING
-        for option in options:
-            module.TUNING = dataclasses.replace(kept, **option)
-            print(' '.join(f'{k}={v}' for k, v in option.items()))
-            for name, sizes in cases.items():
-                args = arguments(sizes, dtype, dtype)
-                try:
-                    run = steps(feed_forward, args)['both']
-                    run('triton')
-                    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
-                        for _ in range(4):
-                            run('triton')
-                        torch.cuda.synchronize()
-                    times = {e.key: e.device_time_total / 4 for e in prof.key_averages()}
-                except Exception as problem:  # a launch that does not fit is a result, too
-                    print(f'    {name:22}', type(problem).__name__, flush=True)
-                    continue
-                sums = (f'{w} {sum(t for k, t in times.items() if k.startswith(w)):.1f}' for w in KERNELS)
-                print(f'    {name:22}', *sums, flush=True)
-        module.TUNING = kept
+    runs = [(m, o, s, dtype) for m, options in ((fused, PRODUCTS), (small, CONVS)) for o in options for s in cases]
+    # Triton compiles one kernel at a time in a process; these share its cache on disk.
+    workers = max(1, min(15, os.cpu_count() or 2))
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+        list(pool.map(_warm, [(m.__name__, o, cases[s], dtype) for m, o, s, dtype in runs]))
+    for module, option, name, _ in runs:
+        label = ' '.join(f'{k}={v}' for k, v in option.items())
+        print(f'{label:52} {name:22}', _trial(module, option, cases[name], dtype), flush=True)
+
+
+def _warm(run):
+    name, *rest = run
+    _trial(sys.modules[name], *rest)
 
 
 def main():

@@ -128,7 +128,7 @@ def counting():
         not multiply-accumulates of the complete count, they are only in the published one.
     """
     from mmoverlock.models import blocks
-    from mmoverlock.models.layers import ResDWConv
+    from mmoverlock.models.layers import ConvFFN, ResDWConv
 
     tally = Counter()
 
@@ -144,7 +144,14 @@ def counting():
         return torch.empty_like(value)
 
     def look(module, inputs, output):
-        if isinstance(module, ResDWConv):
+        # The convolutions of these two are functions, which no hook sees.
+        if isinstance(module, ConvFFN):
+            hidden = output.numel() // output.shape[1] * module.fc1.out_channels
+            tally['residual 3x3 depthwise'] += 9 * hidden
+            tally['bias'] += hidden + output.numel()
+        elif isinstance(module, blocks.Fusion):
+            tally['bias'] += inputs[0].numel()
+        elif isinstance(module, ResDWConv):
             tally['residual 3x3 depthwise'] += output.numel() * module.weight[0].numel()
         elif isinstance(module, nn.Conv2d) and module.bias is not None:
             tally['bias'] += output.numel()

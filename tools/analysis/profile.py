@@ -34,8 +34,10 @@ if __name__ == 'profile':
 #: cuDNN's, cuBLAS's) and of PyTorch's operators on a CPU.
 GROUPS = {
     'contmix': r'contmix|^shared_|query_grad|value_grad|window_sum|na2d',
+    'feed-forward': r'^ffn_|^grn_(scale|grad)',
+    'depthwise 3x3': r'^depthwise3_|conv2d_c1_k1',
     'depthwise': r'depthwise|dwconv|conv_dw|^band_|^diagonal_|^weight_grad_kernel',
-    'norms': r'norm|welford|grn|\bbn_',
+    'norms': r'norm|welford|grn|^branch_|\bbn_',
     'matmul and convolution': (
         r'gemm|matmul|cutlass|nvjet|xmma|conv|wgrad|dgrad|fprop|addmm|\bmm\b|bmm|linear\b|cudnn|sm\d\d_'
     ),
@@ -142,7 +144,8 @@ def show_kernels(found: dict, top: int) -> None:
     if top > 0:
         print(f'\n{"dearest kernels":84}{"ms":>10}{"calls":>8}  kind')
         for name, (ms, calls) in sorted(found.items(), key=lambda item: -item[1][0])[:top]:
-            print(f'{name[:82]:84}{ms:10.3f}{calls:8.0f}  {group(name)}')
+            short = re.sub(r'void |at::native::|\(anonymous namespace\)::|gpu_kernel_impl\w*<', '', name)
+            print(f'{short[:82]:84}{ms:10.3f}{calls:8.0f}  {group(name)}')
 
 
 # -- by part ------------------------------------------------------------------------------------

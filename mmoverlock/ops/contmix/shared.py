@@ -75,9 +75,9 @@ class Plan(Sizes):
     def sizes(self) -> Tuple[int, ...]:
         return self.groups, self.dim, self.channels
 
-    def chunk(self) -> int:
+    def chunk(self, train: bool = True) -> int:
         """Batch elements to take at once, so that the products of keys and weight stay small beside the logits."""
-        return self._chunk(sum(self.padded), TUNING)
+        return self._chunk(sum(self.padded), TUNING, train)
 
     def splits(self) -> int:
         """Parts of the batch that are summed apart for the gradients of the position biases."""
@@ -144,14 +144,14 @@ def _cells(bias: Tensor, rpb2: Tensor, plan: Plan) -> Tensor:
     return table
 
 
-def forward(query, key, weight, bias, rpb1, rpb2, value, out, lse) -> None:
+def forward(query, key, weight, bias, rpb1, rpb2, value, out, lse, train) -> None:
     """Writes the mixed values, and the log-sum-exp (B, G, 2, H, W) of every softmax, which the backward needs."""
     from .shared_kernels import contmix_shared_forward_kernel
 
     plan = Plan.of(query, rpb1, rpb2, value)
     weight, table = _padded_weight(weight, plan).t(), _table(bias, rpb1, rpb2, plan)
     constants = plan.constants(query.dtype in HALF, query, value, out)
-    step = plan.chunk()
+    step = plan.chunk(train)
     for first in range(0, plan.batch, step):
         part = slice(first, first + step)
         products = torch.matmul(key[part].float(), weight)

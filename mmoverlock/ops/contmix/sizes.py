@@ -5,6 +5,8 @@ from typing import Tuple
 
 from torch import Tensor
 
+_INFERENCE = 64 * 2**20  # bytes that the products of keys and weight may take where no gradients are wanted
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -34,13 +36,16 @@ class Sizes:
         """Size of what is never written: the logits of the call in fp32."""
         return 4 * self.batch * self.groups * self.height * self.width * self.logits
 
-    def _chunk(self, columns: int, tuning) -> int:
+    def _chunk(self, columns: int, tuning, train: bool) -> int:
         """Batch elements to take at once, so that the products of keys and weight stay small beside the logits.
 
         Args:
             columns (int): Columns of a product, one for every logit and padding.
             tuning: With ``share`` of the logits' bytes, and ``floor`` in bytes.
+            train (bool): Whether a backward pass follows; without, what it takes is free again at once, and launching
+                few kernels is worth more.
         """
         product = 4 * self.groups * self.dim * columns
-        chunks = -(-self.batch * product // int(max(tuning.floor, tuning.share * self.logits_bytes)))
+        floor = tuning.floor if train else _INFERENCE
+        chunks = -(-self.batch * product // int(max(floor, tuning.share * self.logits_bytes)))
         return -(-self.batch // max(1, chunks))

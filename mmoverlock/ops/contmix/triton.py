@@ -63,7 +63,9 @@ def refuse(query, key, weight, bias, rpb1, rpb2, value) -> Optional[str]:
 
 def contmix_triton(query, key, weight, bias, rpb1, rpb2, value) -> Tensor:
     """As :func:`mmoverlock.ops.contmix.contmix_reference`, fused; see :func:`refuse` for what it takes."""
-    return torch.ops.mmoverlock.contmix(query, key, weight, bias, rpb1, rpb2, value)[0]
+    args = (query, key, weight, bias, rpb1, rpb2, value)
+    train = torch.is_grad_enabled() and any(t.requires_grad for t in args)
+    return torch.ops.mmoverlock.contmix(*args, train)[0]
 
 
 class _Plan(Sizes):
@@ -132,9 +134,9 @@ class _Plan(Sizes):
         bands = min(bands, int(memory / (heads * self.tiles * self.dim * self.logits)))
         return -(-self.height // max(1, min(bands, self.height)))
 
-    def chunk(self) -> int:
+    def chunk(self, train: bool = True) -> int:
         """Batch elements to take at once, so that the products of keys and weight stay small beside the logits."""
-        return self._chunk(self.logits, TUNING)
+        return self._chunk(self.logits, TUNING, train)
 
 
 def _products(key: Tensor, weight: Tensor) -> Tensor:
@@ -144,9 +146,12 @@ def _products(key: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op('mmoverlock::contmix', mutates_args=())
 def _contmix(
-    query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, value: Tensor
+    query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, value: Tensor, train: bool
 ) -> Tuple[Tensor, Tensor]:
-    """The mixed values, and the log-sum-exp (B, G, 2, H, W) of every softmax, which the backward needs."""
+    """The mixed values, and the log-sum-exp (B, G, 2, H, W) of every softmax, which the backward needs.
+
+    Memory is saved with ``train`` only: it is what activations kept for the backward pass leave that is short.
+    """
     from .triton_kernels import contmix_forward_kernel
 
     plan = _Plan.of(query, rpb1, rpb2, value)
@@ -154,11 +159,11 @@ def _contmix(
     top = query.new_empty((plan.batch, plan.groups, 2, plan.height, plan.width), dtype=torch.float32)
     if shared.takes(plan.height, plan.width, plan.windows[1]):
         with torch.autocast(query.device.type, enabled=False), on(query.device):
-            shared.forward(query, key, weight, bias, rpb1, rpb2, value, out, top)
+            shared.forward(query, key, weight, bias, rpb1, rpb2, value, out, top, train)
         return out, top
     total = torch.empty_like(top)
     bias, rpb1, rpb2 = (t.contiguous() for t in (bias, rpb1, rpb2))
-    step = plan.chunk()
+    step = plan.chunk(train)
     with torch.autocast(query.device.type, enabled=False), on(query.device):
         for first in range(0, plan.batch, step):
             part = slice(first, first + step)
@@ -173,7 +178,7 @@ def _contmix(
 
 
 @_contmix.register_fake
-def _(query, key, weight, bias, rpb1, rpb2, value):
+def _(query, key, weight, bias, rpb1, rpb2, value, train):
     batch, groups, _, height, width = query.shape
     return torch.empty_like(value), query.new_empty((batch, groups, 2, height, width), dtype=torch.float32)
 
@@ -261,21 +266,21 @@ def _(grad, query, key, weight, bias, rpb1, rpb2, value, lse):
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs[:7], output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp
 
 
 def _backward(ctx, grad: Tensor, _) -> Tuple[Optional[Tensor], ...]:
     *inputs, lse = ctx.saved_tensors
-    needed = ctx.needs_input_grad
+    needed = ctx.needs_input_grad[:7]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # The gradients are to be differentiated again (create_graph=True): those of the definition can be.
         wanted = [t for t, need in zip(inputs, needed) if need]
         found = iter(torch.autograd.grad(contmix_reference(*inputs), wanted, grad, create_graph=True))
-        return tuple(next(found) if need else None for need in needed)
+        return (*(next(found) if need else None for need in needed), None)
     grads = torch.ops.mmoverlock.contmix_backward(grad, *inputs, lse)
-    return tuple(g if need else None for g, need in zip(grads, needed))
+    return (*(g if need else None for g, need in zip(grads, needed)), None)
 
 
 _contmix.register_autograd(_backward, setup_context=_save)

@@ -157,8 +157,8 @@ def depthwise_conv2d_norm_branches(
     """
     if len({len(weights), len(dilations), len(gammas), len(betas), len(eps)}) != 1:
         raise ValueError(
-            f'depthwise_conv2d_norm_branches: {len(weights)} weights, {len(dilations)} dilations, {len(gammas)} gammas, '
-            f'{len(betas)} betas, {len(eps)} eps; they must be as many'
+            f'depthwise_conv2d_norm_branches: {len(weights)} weights, {len(dilations)} dilations, '
+            f'{len(gammas)} gammas, {len(betas)} betas, {len(eps)} eps; they must be as many'
         )
     for weight in weights:
         _check(x, weight)

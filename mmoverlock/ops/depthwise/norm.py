@@ -130,18 +130,18 @@ def _gradients(
     grad: Tensor, x: Tensor, y: Tensor, mean: Tensor, var: Tensor, weights: List[Tensor], dilations: List[int],
     gammas: List[Tensor], betas: List[Tensor], eps: List[float], input_grad: bool,
 ) -> List[Tensor]:  # fmt: skip
-    """Gradients of the weights, of gammas and of betas, and at last that of the map if it is wanted."""
+    """Gradients of the weights; of gammas and betas, (2, n, C) in float32; and at last that of the map if wanted."""
     from .norm_kernels import branch_grad_kernel, branch_slopes_kernel
 
     grad, x = grad.contiguous(), x.contiguous()
     (batch, channels, *_), branches = x.shape, len(weights)
     p = plan(x.shape, branches)
     slopes = x.new_empty((3, branches, channels), dtype=torch.float32)
-    dgamma, dbeta = (x.new_empty((branches, channels), dtype=torch.float32) for _ in range(2))
+    dnorms = x.new_empty((2, branches, channels), dtype=torch.float32)
     found, dx, dy = [], torch.empty_like(x) if input_grad else None, torch.empty_like(x)
     with on(x.device):
         branch_slopes_kernel[(-(-channels // 16),)](
-            _sums(y, grad, mean), mean, var, torch.stack(gammas), _eps(y, eps), slopes, dgamma, dbeta, channels,
+            _sums(y, grad, mean), mean, var, torch.stack(gammas), _eps(y, eps), slopes, dnorms[0], dnorms[1], channels,
             p['splits'], x.numel() // channels, N=branches, NB=p['sums']['NB'], BC=16,
         )  # fmt: skip
         for n, (weight, dilation) in enumerate(zip(weights, dilations)):
@@ -152,14 +152,13 @@ def _gradients(
             if input_grad:
                 _launch_conv(dy, weight, None, dilation, True, dx, add=n > 0)
             found.append(_launch_weight_grad(dy, x, weight.shape[-1], dilation).to(weight.dtype))
-    found += [row.to(gamma.dtype, copy=True) for row, gamma in zip(dgamma, gammas)]
-    found += [row.to(beta.dtype, copy=True) for row, beta in zip(dbeta, betas)]
-    return [*found, dx] if input_grad else found
+    return [*found, dnorms, dx] if input_grad else [*found, dnorms]
 
 
 @_gradients.register_fake
 def _(grad, x, y, mean, var, weights, dilations, gammas, betas, eps, input_grad):
-    found = [t.new_empty(t.shape) for t in (*weights, *gammas, *betas)]
+    found = [w.new_empty(w.shape) for w in weights]
+    found.append(x.new_empty((2, len(weights), x.shape[1]), dtype=torch.float32))
     return [*found, x.new_empty(x.shape)] if input_grad else found
 
 
@@ -183,10 +182,12 @@ def _backward(ctx, grads: List[Optional[Tensor]]):
         found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
         dx, *rest = (next(found) if t.requires_grad else None for t in (x, *parameters))
     else:
-        rest = torch.ops.mmoverlock.depthwise_conv2d_norm_branches_backward(
-            grads[0], x, y, mean, var, weights, ctx.dilations, gammas, betas, ctx.eps, ctx.input_grad
+        # The layout is chosen here, where torch.compile can make it part of what computes the gradient.
+        *rest, last = torch.ops.mmoverlock.depthwise_conv2d_norm_branches_backward(
+            grads[0].contiguous(), x, y, mean, var, weights, ctx.dilations, gammas, betas, ctx.eps, ctx.input_grad
         )
-        dx = rest.pop() if ctx.input_grad else None
+        dx, dnorms = (last, rest.pop()) if ctx.input_grad else (None, last)
+        rest += [g.to(t.dtype) for g, t in zip(dnorms.flatten(0, 1), (*gammas, *betas))]
     return dx, rest[:count], None, rest[count : 2 * count], rest[2 * count :], None
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import List, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,15 @@ class Tuning:
         grad_tile (int): The same of the backward kernel, which keeps eleven sums for each.
         warps (int): Warps a program.
         programs (int): Programs to aim at, by cutting the rows into strips.
+        stages, grad_stages (int): Rows that are loaded ahead.
     """
 
     tile: int = 1024
     grad_tile: int = 512
     warps: int = 4
     programs: int = 2112
+    stages: int = 3
+    grad_stages: int = 2
 
 
 TUNING = Tuning()
@@ -88,7 +91,7 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: 
     with on(x.device):
         depthwise3_forward_kernel[(programs,)](
             x, weight, weight if bias is None else bias, out, shares if squares else x, *sizes, **constants,
-            RESIDUAL=residual, BIAS=bias is not None, SQUARES=squares,
+            RESIDUAL=residual, BIAS=bias is not None, SQUARES=squares, STAGES=TUNING.stages,
         )  # fmt: skip
     return out, shares
 
@@ -100,8 +103,8 @@ def launch_backward(
     residual: bool,
     grn: Optional[Tuple[Tensor, Tensor, Tensor]] = None,
     gelu: bool = False,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the map, the weight and the bias, and the map's summed over all positions; see the kernel.
+) -> Tuple[Tensor, Tensor]:
+    """Gradient of the map, and (11, C) in float32: those of the nine taps and the bias, and the map's, all summed.
 
     Args:
         grad, x (Tensor): (B, C, H, W), channels-last.
@@ -120,10 +123,9 @@ def launch_backward(
     with on(x.device):
         depthwise3_backward_kernel[(programs,)](
             grad, x, weight.contiguous(), y, scale, slope, out, sums, *sizes, **constants,
-            RESIDUAL=residual, GRN=grn is not None, GELU=gelu,
+            RESIDUAL=residual, GRN=grn is not None, GELU=gelu, STAGES=TUNING.grad_stages,
         )  # fmt: skip
-    sums = sums.sum(0)
-    return out, sums[:9].t().reshape(channels, 1, 3, 3), sums[9], sums[10]
+    return out, sums.sum(0)
 
 
 @torch.library.custom_op('mmoverlock::depthwise_conv3x3', mutates_args=())
@@ -138,17 +140,16 @@ def _(x, weight, bias, residual):
 
 
 @torch.library.custom_op('mmoverlock::depthwise_conv3x3_backward', mutates_args=())
-def _gradients(grad: Tensor, x: Tensor, weight: Tensor, residual: bool) -> List[Tensor]:
-    """Gradients of the map, the weight and the bias; the last two in float32."""
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, residual: bool) -> Tuple[Tensor, Tensor]:
+    """What :func:`launch_backward` gives."""
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
-    dx, dweight, dbias, _ = launch_backward(grad, x, weight, residual)
-    return [dx, dweight.contiguous(), dbias.clone()]
+    return launch_backward(grad, x, weight, residual)
 
 
 @_gradients.register_fake
 def _(grad, x, weight, residual):
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    return [dx, x.new_empty(weight.shape, dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)]
+    return dx, x.new_empty((11, x.shape[1]), dtype=torch.float32)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -165,8 +166,11 @@ def _backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         inputs = [t for t, need in zip((x, weight, bias), ctx.needs_input_grad) if need]
         found = iter(torch.autograd.grad(conv3x3_reference(*given, ctx.residual), inputs, grad, create_graph=True))
         return (*(next(found) if need else None for need in ctx.needs_input_grad[:3]), None)
-    dx, dweight, dbias = torch.ops.mmoverlock.depthwise_conv3x3_backward(grad, x, weight, ctx.residual)
-    return dx, dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype), None
+    # The layout is chosen here, where torch.compile can make it part of what computes the gradient.
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    dx, taps = torch.ops.mmoverlock.depthwise_conv3x3_backward(grad, x, weight, ctx.residual)
+    dweight = taps[:9].t().to(weight.dtype).reshape(weight.shape)
+    return dx, dweight, None if bias is None else taps[9].to(bias.dtype), None
 
 
 _conv.register_autograd(_backward, setup_context=_save)

@@ -7,9 +7,13 @@ that it is part of; two rows of sums travel with the loop. Sums are float32.
 Names: B, C, H, W sizes of the map; ROWS of a strip; LANES, the tiles beside each other in a row.
 """
 
+import os
+
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
+_INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 _SIZES = ('C', 'H', 'W', 'ROWS', 'STRIPS', 'LANES')
 
 
@@ -44,8 +48,12 @@ def gelu_parts(h):
     exp(-h² / 2) times a polynomial of 1 / (1 + 0.297 |h|), within 2.5e-6 of it everywhere (the fit
     is of the relative error): a hundredth of what half precision rounds to.
     """
-    bell = tl.exp(-0.5 * h * h)
-    t = 1.0 / (1.0 + 0.2969848480983500 * tl.abs(h))
+    if _INTERPRETED:
+        bell = tl.exp(-0.5 * h * h)
+        t = 1.0 / (1.0 + 0.2969848480983500 * tl.abs(h))
+    else:  # one instruction each, which need not be right where they are below 1e-38
+        bell = libdevice.fast_expf(-0.5 * h * h)
+        t = libdevice.fast_dividef(1.0, 1.0 + 0.2969848480983500 * tl.abs(h))
     tail = 0.245382190 - 0.083610976 * t
     tail = -0.049891734 + tail * t
     tail = 0.160694957 + tail * t
@@ -59,7 +67,7 @@ def gelu_parts(h):
 def depthwise3_forward_kernel(
     x, weight, bias, out, squares, C, H, W, ROWS, STRIPS, LANES,
     V: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
-    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SQUARES: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SQUARES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = conv(x), RESIDUAL: + x. C counts vectors of V channels.
 
@@ -86,7 +94,7 @@ def depthwise3_forward_kernel(
     above = tl.zeros((BW, BC), dtype=tl.float32) + shift[None, :]  # sums of the row above the one that is read
     level = above
     total = tl.zeros((BW, BC), dtype=tl.float32)
-    for row in range(top - 1, bottom + 1):
+    for row in tl.range(top - 1, bottom + 1, num_stages=STAGES):
         inside = (row >= 0) & (row < H)
         line = start + row * stride
         x0 = tl.load(x + line + at - C, mask=left & inside, other=0.0).to(tl.float32)
@@ -110,7 +118,7 @@ def depthwise3_forward_kernel(
 def depthwise3_backward_kernel(
     grad, x, weight, y, scale, slope, out, sums, C, H, W, ROWS, STRIPS, LANES,
     V: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
-    RESIDUAL: tl.constexpr, GRN: tl.constexpr, GELU: tl.constexpr,
+    RESIDUAL: tl.constexpr, GRN: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the map, the kernels and the bias; C counts vectors of V channels.
 
@@ -138,11 +146,14 @@ def depthwise3_backward_kernel(
 
     zeros = tl.zeros((BW, BC), dtype=tl.float32)
     above, level = zeros, zeros  # the map's gradient in the row above the one that is read, and in that row
-    u0, u1 = zeros, zeros  # what the convolution had been given in these rows
-    slope0, slope1 = zeros, zeros
+    # What the convolution had been given in these rows, and GELU's slopes there. Zero at first, but that is not for the
+    # compiler to know: Triton 3.6 takes a value that follows another a turn later, from the same first value, for fixed.
+    nothing = (C < 0).to(tl.float32)
+    u0, u1 = zeros + nothing, zeros
+    slope0, slope1 = zeros + nothing, zeros
     k00, k01, k02, k10, k11, k12, k20, k21, k22 = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
     shift, total = zeros, zeros
-    for row in range(top - 1, bottom + 1):
+    for row in tl.range(top - 1, bottom + 1, num_stages=STAGES):
         inside = (row >= 0) & (row < H)
         line = start + row * stride
         g0 = tl.load(grad + line + at - C, mask=left & inside, other=0.0).to(tl.float32)

@@ -390,7 +390,7 @@ def _branches_backward(ctx, grads: List[Optional[Tensor]]):
         dx, *dweights = (next(found) if t.requires_grad else None for t in (x, *weights))
         return dx, dweights, None
     found = torch.ops.mmoverlock.depthwise_conv2d_branches_backward(
-        grads, x, weights, ctx.dilations, input_grad, weight_grads
+        [grad.contiguous() for grad in grads], x, weights, ctx.dilations, input_grad, weight_grads
     )
     dx = found.pop(0) if input_grad else None
     return dx, found if weight_grads else [None] * len(weights), None

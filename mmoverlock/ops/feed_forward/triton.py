@@ -18,19 +18,15 @@ from .reference import feed_forward_reference
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launch parameters of the products.
+    """Launch parameters of the products: rows, columns and depth of a tile, warps, loads in flight, registers at most.
 
     Args:
-        rows, columns, depth (int): Tile of a product.
-        warps (int): Warps a program.
-        stages (int): Loads in flight.
+        expand, project, project_grad (tuple): Of the three kernels.
     """
 
-    rows: int = 128
-    columns: int = 128
-    depth: int = 64
-    warps: int = 8
-    stages: int = 3
+    expand: Tuple[int, ...] = (128, 128, 64, 8, 3, 128)
+    project: Tuple[int, ...] = (128, 128, 64, 4, 3, 255)
+    project_grad: Tuple[int, ...] = (128, 64, 64, 4, 3, 255)
 
 
 TUNING = Tuning()
@@ -62,17 +58,19 @@ def feed_forward_triton(x: Tensor, *args) -> Tensor:
     return torch.ops.mmoverlock.feed_forward(x, *parameters, eps, residual, keep)[0]
 
 
-def _tiles(rows: int, columns: int, dtype: torch.dtype) -> dict:
+def _tiles(tuning: Tuple[int, ...], rows: int, columns: int, dtype: torch.dtype) -> dict:
     """Tile of a product and how to run it; float32 as three tf32 products, to fp32 accuracy."""
-    half = dtype in HALF
+    half, (most_rows, most_columns, depth, warps, stages, registers) = dtype in HALF, tuning
+    options = dict(maxnreg=registers) if half and registers < 255 else {}
     return dict(
         V=8,
-        BM=min(TUNING.rows, max(16, power_of_two(rows))),
-        BN=min(TUNING.columns, max(16, power_of_two(columns))),
-        BK=TUNING.depth if half else TUNING.depth // 2,
+        BM=min(most_rows, max(16, power_of_two(rows))),
+        BN=min(most_columns, max(16, power_of_two(columns))),
+        BK=depth if half else depth // 2,
         PRECISION='ieee' if half else 'tf32x3',
-        num_warps=TUNING.warps,
-        num_stages=TUNING.stages,
+        num_warps=warps,
+        num_stages=stages,
+        **options,
     )
 
 
@@ -96,19 +94,19 @@ def _feed_forward(
     active = _channels_last(x, hidden)
     given = torch.empty_like(active) if keep else active
     with on(x.device):
-        tiles = _tiles(batch * pixels, hidden, x.dtype)
+        tiles = _tiles(TUNING.expand, batch * pixels, hidden, x.dtype)
         ffn_expand_kernel[(-(-batch * pixels // tiles['BM']) * -(-hidden // tiles['BN']),)](
             x, weight1, bias1, given, active, batch * pixels, channels // 8, hidden // 8, **tiles, KEEP=keep
         )
         y, squares = launch_forward(active, dw_weight, dw_bias, residual, True)
-        scale, norm = x.new_empty((2, batch, hidden), dtype=torch.float32).unbind(0)
+        scale, norm = (x.new_empty((batch, hidden), dtype=torch.float32) for _ in range(2))
         grn_scale_kernel[(batch,)](squares, gamma, scale, norm, squares.shape[1], hidden, eps, BE=power_of_two(hidden))
         out = _channels_last(x, channels_out)
-        tiles = _tiles(pixels, channels_out, x.dtype)
+        tiles = _tiles(TUNING.project, pixels, channels_out, x.dtype)
         ffn_project_kernel[(batch * -(-pixels // tiles['BM']) * -(-channels_out // tiles['BN']),)](
             y, scale, beta, weight2, bias2, out, pixels, hidden // 8, channels_out // 8, **tiles
         )
-    return [out, given, y, scale, norm.clone()] if keep else [out]
+    return [out, given, y, scale, norm] if keep else [out]
 
 
 @_feed_forward.register_fake
@@ -136,7 +134,8 @@ def _gradients(
     beta: Tensor, weight2: Tensor, bias2: Tensor, given: Tensor, y: Tensor, scale: Tensor, norm: Tensor, eps: float,
     residual: bool, input_grad: bool,
 ) -> List[Tensor]:  # fmt: skip
-    """Gradients of the parameters, in their order, and at last that of x if it is wanted."""
+    """Gradients of both products' weights; of the 3x3's nine taps, its bias and the first bias, in rows; of gamma and
+    beta; of the second bias; and at last that of x if it is wanted. What is not a weight is float32."""
     from .triton_kernels import ffn_project_grad_kernel, grn_grad_kernel
 
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
@@ -147,7 +146,7 @@ def _gradients(
         return t.permute(0, 2, 3, 1).reshape(batch * pixels, -1)
 
     with on(x.device):
-        tiles = _tiles(pixels, hidden, x.dtype)
+        tiles = _tiles(TUNING.project_grad, pixels, hidden, x.dtype)
         per_image = -(-pixels // tiles['BM'])
         z, dz = torch.empty_like(y), torch.empty_like(y)
         sums = x.new_empty((batch, per_image, 2, hidden), dtype=torch.float32)
@@ -157,22 +156,13 @@ def _gradients(
         )  # fmt: skip
         dweight2 = _product(rows(grad), rows(z), weight2)
         del z
-        slope, dgamma, dbeta = x.new_empty((3, batch, hidden), dtype=torch.float32).unbind(0)
-        grn_grad_kernel[(batch,)](
-            sums, gamma, norm, slope, dgamma, dbeta, per_image, hidden, eps, BE=power_of_two(hidden)
-        )
-    dgiven, dw, dw_shift, dshift = launch_backward(dz, given, dw_weight, residual, (y, scale, slope), True)
+        slope = x.new_empty((batch, hidden), dtype=torch.float32)
+        dgrn = x.new_empty((batch, 2, hidden), dtype=torch.float32)
+        grn_grad_kernel[(batch,)](sums, gamma, norm, slope, dgrn, per_image, hidden, eps, BE=power_of_two(hidden))
+    dgiven, taps = launch_backward(dz, given, dw_weight, residual, (y, scale, slope), True)
     del dz
-    found = [
-        _product(rows(dgiven), rows(x), weight1),
-        dshift.to(bias1.dtype, copy=True),
-        dw.to(dw_weight.dtype, memory_format=torch.contiguous_format, copy=True),
-        dw_shift.to(dw_bias.dtype, copy=True),
-        dgamma.sum(0).to(gamma.dtype).view(gamma.shape),
-        dbeta.sum(0).to(beta.dtype).view(beta.shape),
-        dweight2,
-        grad.sum((0, 2, 3), dtype=torch.float32).to(bias2.dtype),
-    ]
+    found = [_product(rows(dgiven), rows(x), weight1), dweight2, taps, dgrn.sum(0)]
+    found.append(grad.sum((0, 2, 3), dtype=torch.float32))
     if input_grad:
         dx = torch.mm(rows(dgiven), weight1.to(x.dtype).view(hidden, channels))
         found.append(dx.view(batch, height, width, channels).permute(0, 3, 1, 2))
@@ -182,8 +172,9 @@ def _gradients(
 @_gradients.register_fake
 def _(grad, x, weight1, bias1, dw_weight, dw_bias, gamma, beta, weight2, bias2, given, y, scale, norm, eps, residual,
       input_grad):  # fmt: skip
-    parameters = (weight1, bias1, dw_weight, dw_bias, gamma, beta, weight2, bias2)
-    found = [p.new_empty(p.shape) for p in parameters]
+    shapes = ((11, weight1.shape[0]), (2, weight1.shape[0]), (weight2.shape[0],))
+    found = [w.new_empty(w.shape) for w in (weight1, weight2)]
+    found += [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
     return [*found, _channels_last(x, x.shape[1])] if input_grad else found
 
 
@@ -203,12 +194,16 @@ def _backward(ctx, grads: List[Optional[Tensor]]) -> Tuple[Optional[Tensor], ...
         wanted = [t for t in inputs if t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
         return (*(next(found) if t.requires_grad else None for t in inputs), *nothing)
+    # The layout is chosen here, where torch.compile can make it part of what computes the gradient.
+    grad = grads[0].contiguous(memory_format=torch.channels_last)
     input_grad = ctx.needs_input_grad[0]
-    found = torch.ops.mmoverlock.feed_forward_backward(
-        grads[0], *inputs, given, y, scale, norm, ctx.eps, ctx.residual, input_grad
+    dweight1, dweight2, taps, dgrn, dbias2, *dx = torch.ops.mmoverlock.feed_forward_backward(
+        grad, *inputs, given, y, scale, norm, ctx.eps, ctx.residual, input_grad
     )
-    dx = found.pop() if input_grad else None
-    return (dx, *found, *nothing)
+    small = (taps[10], taps[:9].t(), taps[9], *dgrn, dbias2)
+    places = (2, 3, 4, 5, 6, 8)  # of biases, 3x3, gamma and beta among the inputs
+    small = {n: g.to(inputs[n].dtype).reshape(inputs[n].shape) for n, g in zip(places, small)}
+    return (dx[0] if dx else None, dweight1, *(small[n] for n in (2, 3, 4, 5, 6)), dweight2, small[8], *nothing)
 
 
 _feed_forward.register_autograd(_backward, setup_context=_save)

@@ -128,9 +128,9 @@ def ffn_project_grad_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def grn_grad_kernel(sums, gamma, norm, slope, dgamma, dbeta, TILES, E, eps, BE: tl.constexpr):
+def grn_grad_kernel(sums, gamma, norm, slope, grads, TILES, E, eps, BE: tl.constexpr):
     """From the sums of ``ffn_project_grad_kernel``: the slope by which y adds to its gradient, and an image's share of
-    the gradients of gamma and beta, [B, E] each."""
+    the gradients of gamma and beta, grads[B, 2, E]."""
     image = tl.program_id(0)
     e = tl.arange(0, BE)
     product = tl.zeros((BE,), dtype=tl.float32)
@@ -144,5 +144,5 @@ def grn_grad_kernel(sums, gamma, norm, slope, dgamma, dbeta, TILES, E, eps, BE: 
     dresponse = tl.load(gamma + e, mask=e < E, other=0.0).to(tl.float32) * product
     dnorm = dresponse / mean - tl.sum(dresponse * g, 0) / (mean * mean * E)
     tl.store(slope + image * E + e, tl.where(g > 0, dnorm / tl.where(g > 0, g, 1.0), 0.0), mask=e < E)
-    tl.store(dgamma + image * E + e, product * (g / mean), mask=e < E)
-    tl.store(dbeta + image * E + e, plain, mask=e < E)
+    tl.store(grads + image * 2 * E + e, product * (g / mean), mask=e < E)
+    tl.store(grads + (image * 2 + 1) * E + e, plain, mask=e < E)
