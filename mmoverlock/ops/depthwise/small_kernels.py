@@ -147,7 +147,7 @@ def depthwise3_backward_kernel(
     zeros = tl.zeros((BW, BC), dtype=tl.float32)
     above, level = zeros, zeros  # the map's gradient in the row above the one that is read, and in that row
     # What the convolution had been given in these rows, and GELU's slopes there. Zero at first, but that is not for the
-    # compiler to know: Triton 3.6 takes a value that follows another a turn later, from the same first value, for fixed.
+    # compiler to know: Triton 3.6 takes a value that follows another a turn later, from the same first one, for fixed.
     nothing = (C < 0).to(tl.float32)
     u0, u1 = zeros + nothing, zeros
     slope0, slope1 = zeros + nothing, zeros
