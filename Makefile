@@ -30,11 +30,11 @@ setup:
 	@command -v $(PYTHON) >/dev/null || { echo "[set-up] ERROR: no '$(PYTHON)' on the PATH. Install Python 3.10-3.12, for example: apt-get install python3 python3-dev python3-venv" >&2; exit 1; }
 	@$(PYTHON) tools/dev/setup_env.py --line $(LINE) --venv $(VENV)
 
-# A file of tests to a process, one process a core; each process computes with one thread. In the order of the files: by
-# default those with few tests come last, and among them are the longest.
+# A file of tests to a process, one process a core; each process computes with one thread. In the order that
+# tests/conftest.py puts them in: by default files with few tests come last, and among them are the longest.
 test: setup
 	@$(PY) tools/dev/install_browser.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations=15 $(ARGS)
 
 demo: setup
 	$(PY) tools/demo/run_demo.py $(ARGS)

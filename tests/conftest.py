@@ -7,6 +7,32 @@ import torch
 from common import GOLDEN, TINY, fill
 from mmengine.registry import DefaultScope
 
+#: What takes minutes, longest first: with several processes, a long file that starts last keeps one of them busy alone.
+LONG = (
+    'test_docs/test_commands.py',
+    'real-data',
+    'test_demo/test_run_demo.py',
+    'test_ops/test_contmix_triton.py',
+    'test_ops/test_depthwise_triton.py',
+    'test_ops/test_feed_forward_triton.py',
+    'test_guide.py',
+    'test_tools/test_train.py',
+    'test_faults/test_resume.py',
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """The tests of a file go to one process, which shares their fixtures, unless they are marked otherwise."""
+
+    def group(item):
+        mark = item.get_closest_marker('xdist_group')
+        return mark.args[0] if mark else item.nodeid.split('::')[0].removeprefix('tests/')
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: LONG.index(group(item)) if group(item) in LONG else len(LONG))
+
 
 @pytest.fixture(scope='session')
 def official_shapes():

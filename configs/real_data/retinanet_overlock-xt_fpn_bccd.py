@@ -8,6 +8,7 @@ model = dict(
         arch='xt',
         fuse_overview=True,
         out_indices=(1, 2, 3),
+        cuda_graphs=True,
     ),
     neck=dict(in_channels=_base_.dense_channels[1:], start_level=0),
 )

@@ -26,6 +26,7 @@ from ..checkpoints import adapt_backbone_state_dict, load_pretrained
 from ..ops.autocast import no_autocast
 from ..registry import MODELS
 from .blocks import BaseBlock, FocusBlock, init_weights, merge_large_kernels, switch_to_deploy
+from .graphs import Graphs
 from .layers import BRANCHES, ConvNorm, LayerNorm2d, LayerScale, resize
 
 #: The variants of the paper. ``depths`` and ``widths`` are of stages 1-3 (Base-Net) and 4 (Overview-Net).
@@ -136,6 +137,10 @@ class OverLoCK(BaseModule):
             Focus-Net; -1 nothing. Defaults to -1.
         norm_eval (bool): Keep batch norms in evaluation mode while training. Defaults to False.
         compile (bool | dict): Call :meth:`compile_blocks`, with these options if it is a dict. Defaults to False.
+        cuda_graphs (bool): On a GPU, record the network as CUDA graphs for the sizes that keep coming, up to four: most
+            of a training step or of a small batch is otherwise launching kernels. In training every forward pass needs
+            its backward pass before the next. A network with SyncBatchNorm runs as ever. Changing a batch norm's
+            momentum after the recording has no effect. Defaults to False.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=FILE_OR_URL)`` loads any official file and any
             checkpoint of ours. Defaults to None: the initialisation of the official code.
 
@@ -165,6 +170,7 @@ class OverLoCK(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         compile: Union[bool, dict] = False,
+        cuda_graphs: bool = False,
         init_cfg: Optional[dict] = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -193,8 +199,11 @@ class OverLoCK(BaseModule):
         if any(stage not in range(1, 7) for stage in stages):
             raise ValueError(f'with_cp names stages 1 to 6, got {stages}')
         self.with_cp = dict(with_cp) if isinstance(with_cp, dict) else dict.fromkeys(stages, float('inf'))
+        if cuda_graphs and self.with_cp:
+            raise ValueError('cuda_graphs records a pass once, with_cp computes parts of it twice; choose one of them')
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.graphs = Graphs() if cuda_graphs else None
 
         widths, kernels = self.arch['widths'], self.arch['kernel_sizes']
         c0, c1, c2, c3 = widths
@@ -295,6 +304,13 @@ class OverLoCK(BaseModule):
             ValueError: While training, the batch is so small that a batch norm would see a single value.
         """
         self._check_batch(x)
+        if self.graphs is None:
+            return self._features(x)
+        if not self.graphs.of(self):  # the first call, or that of a copy
+            self.graphs = Graphs(self, self._features)
+        return self.graphs(x)
+
+    def _features(self, x: Tensor) -> Tuple[Tensor, ...]:
         # On CPU PyTorch's depthwise convolutions are up to 20 times faster in this format, on GPUs all 1x1 and 3x3 ones
         # are. The layers keep it; our operators that compute in NCHW order give that, and the next layers turn it back.
         x = x.contiguous(memory_format=torch.channels_last)
@@ -423,10 +439,20 @@ class OverLoCK(BaseModule):
     def merge_large_kernels(self) -> None:
         """Merges the branches of every large kernel, in place: the official "reparam" form, and ``deploy=True``'s."""
         merge_large_kernels(self)
+        self._forget_graphs()
 
     def switch_to_deploy(self) -> None:
         """Merges everything that merges, in place: large kernels, batch norms, residual 3x3 kernels. Inference only."""
         switch_to_deploy(self)
+        self._forget_graphs()
+
+    def _apply(self, *args, **kwargs) -> 'OverLoCK':
+        self._forget_graphs()
+        return super()._apply(*args, **kwargs)
+
+    def _forget_graphs(self) -> None:
+        if self.graphs is not None:
+            self.graphs.forget()
 
     def compile_blocks(self, **options) -> None:
         """Compiles the stem and the blocks, in place; they are translated as they are first called.

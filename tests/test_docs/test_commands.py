@@ -48,7 +48,13 @@ def done():
     return set()
 
 
-@pytest.mark.parametrize('page', [p for p in PAGES if commands(p) and p.stem not in FOLLOWED], ids=lambda p: p.stem)
+def in_its_process(page):
+    """A page as a parameter; the longest has a process and a folder of its own."""
+    marks = [pytest.mark.xdist_group(page.stem)] if page.stem == 'real-data' else []
+    return pytest.param(page, id=page.stem, marks=marks)
+
+
+@pytest.mark.parametrize('page', [in_its_process(p) for p in PAGES if commands(p) and p.stem not in FOLLOWED])
 def test_commands(page, folder, done):
     for command in commands(page):
         if not_here(command) or command in done:

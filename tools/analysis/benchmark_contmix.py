@@ -314,7 +314,7 @@ def profile(cases, dtype=torch.float16):
 TRIALS = [dict(warps=(w, w, w)) for w in (1, 2, 4, 8, 16)]
 TRIALS += [dict(warps=(w, w, w), rows=r) for w in (1, 2, 4) for r in (2, 4, 8)]
 TRIALS += [dict(warps=(4, 8, 4), rows=8, columns=16), dict(programs=256), dict(programs=1024)]
-SHARED_TRIALS = [dict(), dict(warps=8), dict(logits=32), dict(logits=128), dict(logits=128, warps=8), dict(cells=128)]
+SHARED_TRIALS = [dict(), dict(warps=8), dict(narrow=64), dict(logits=128), dict(logits=128, warps=8), dict(cells=128)]
 SHARED_TRIALS += [dict(positions=128, warps=8), dict(positions=128), dict(share=0.1, sums=0.05), dict(sums=0.05)]
 
 
@@ -392,7 +392,8 @@ def resources(cases, capability=90):
             known = shared.Plan(batch, groups, height, width, dim, channels, (small, large)).constants(
                 True, torch.empty(1, 1)
             )
-            constants = [{k: v for k, v in known.items() if not k.startswith('num_')}] * 5
+            known = {k: v for k, v in known.items() if not k.startswith('num_')}
+            constants = [dict(known, BN=shared.TUNING.narrow if n < 2 else known['BN']) for n in range(5)]
         else:
             module, warps = triton_kernels, fused.TUNING.warps
             kernels = ['contmix_forward_kernel', 'contmix_query_grad_kernel', 'contmix_value_grad_kernel']

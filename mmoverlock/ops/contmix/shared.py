@@ -12,11 +12,12 @@ from .sizes import Sizes
 
 @dataclass(frozen=True)
 class Tuning:
-    """Launch parameters, to be measured with tools/analysis/benchmark_contmix.py.
+    """Launch parameters, measured on an H200 with tools/analysis/benchmark_contmix.py.
 
     Args:
         positions (int): Positions of a tile.
         logits (int): Columns of M taken at once.
+        narrow (int): The same in the kernels of the output and of the queries' gradient.
         cells (int): Cells of the map taken at once.
         warps (int): Warps of a program.
         share (float): Memory for the products of keys and weight, as a share of one logits tensor. The batch is
@@ -27,6 +28,7 @@ class Tuning:
 
     positions: int = 64
     logits: int = 64
+    narrow: int = 32
     cells: int = 64
     warps: int = 4
     share: float = 0.033
@@ -150,7 +152,7 @@ def forward(query, key, weight, bias, rpb1, rpb2, value, out, lse, train) -> Non
 
     plan = Plan.of(query, rpb1, rpb2, value)
     weight, table = _padded_weight(weight, plan).t(), _table(bias, rpb1, rpb2, plan)
-    constants = plan.constants(query.dtype in HALF, query, value, out)
+    constants = dict(plan.constants(query.dtype in HALF, query, value, out), BN=TUNING.narrow)
     step = plan.chunk(train)
     for first in range(0, plan.batch, step):
         part = slice(first, first + step)
@@ -199,7 +201,8 @@ def _chunk_backward(plan, grad, query, products, table, cells, value, lse, dquer
     delta = torch.empty_like(lse)
     kernels.contmix_shared_query_grad_kernel[(heads * plan.tiles,)](
         query, products, table, value, lse, grad, dquery, delta,
-        *query.stride(), *value.stride(), *grad.stride(), *dquery.stride(), *plan.sizes, **constants,
+        *query.stride(), *value.stride(), *grad.stride(), *dquery.stride(), *plan.sizes,
+        **dict(constants, BN=TUNING.narrow),
     )  # fmt: skip
     kernels.contmix_shared_value_grad_kernel[(heads * 2 * (cells.shape[-1] // TUNING.cells),)](
         query, products, table, cells, lse, grad, dvalue,

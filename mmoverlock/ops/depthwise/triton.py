@@ -35,7 +35,7 @@ class Tuning:
         grad_programs (int): Programs of the weight gradient to aim at, by splitting the tiles.
     """
 
-    area: int = 64
+    area: int = 128
     tiles: int = 128
     depth: int = 64
     warps: int = 4
@@ -45,7 +45,7 @@ class Tuning:
     grad_depth: int = 128
     grad_tiles: int = 64
     grad_warps: int = 4
-    grad_stages: int = 3
+    grad_stages: int = 4
     grad_programs: int = 528
 
 

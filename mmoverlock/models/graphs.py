@@ -1,0 +1,170 @@
+"""CUDA graphs of a network: its kernels are launched by one call each way instead of one by one from Python.
+
+A CUDA graph is a recording for one size of input. Sizes that keep coming are recorded, others run as ever.
+"""
+
+import weakref
+from typing import Callable, Dict, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+_AFTER = 3  # calls with a size before it is recorded: by then kernels have been compiled and chosen
+_MOST = 4  # recordings kept; each holds the activations of its size
+
+
+class Graphs:
+    """Recordings of a network's forward and backward passes.
+
+    Args:
+        network (nn.Module, optional): The network; ``None`` makes one that has to be replaced before use, which is what
+            a copy is: recordings belong to one set of weights in memory.
+        function (Callable, optional): What to record, a function of the image that returns a tuple of maps.
+    """
+
+    def __init__(self, network: Optional[nn.Module] = None, function: Optional[Callable] = None) -> None:
+        self._network = None if network is None else weakref.ref(network)
+        self._function = function
+        self._seen: Dict[tuple, int] = {}
+        self._recordings: Dict[tuple, '_Recording'] = {}
+        self._tensors: Optional[list] = None
+        self._memory: list = []
+
+    def __deepcopy__(self, memo) -> 'Graphs':
+        return Graphs()
+
+    def __reduce__(self):
+        return Graphs, ()
+
+    def forget(self) -> None:
+        """Drops the recordings: the network has got other parameters."""
+        self._recordings.clear()
+        self._tensors = None
+
+    def of(self, network: nn.Module) -> bool:
+        """Whether the recordings are of this network."""
+        return self._network is not None and self._network() is network
+
+    def __call__(self, image: Tensor) -> Tuple[Tensor, ...]:
+        """The network's maps, from a recording if there is one or it is time to make one."""
+        network = self._network()
+        if not self._takes(network, image):
+            return self._function(image)
+        if self._tensors is None:  # going through a thousand modules at every call would take longer than a small batch
+            self._tensors = [*network.parameters(), *network.buffers()]
+        memory = [(t.data_ptr(), t.requires_grad) for t in self._tensors]
+        if memory != self._memory:  # weights have moved, or others are frozen: recordings would use the old ones
+            self._memory = memory
+            self._recordings.clear()
+        autocast = torch.is_autocast_enabled('cuda') and torch.get_autocast_dtype('cuda')
+        key = (image.shape, image.dtype, image.device, network.training, autocast)
+        recording = self._recordings.get(key)
+        if recording is None:
+            seen = self._seen[key] = self._seen.get(key, 0) + 1
+            if seen <= _AFTER or len(self._recordings) >= _MOST or any(map(_is_synced, network.modules())):
+                return self._function(image)
+            recording = self._recordings[key] = self._record(network, image, autocast)
+        return recording(image)
+
+    @staticmethod
+    def _takes(network: nn.Module, image: Tensor) -> bool:
+        """Whether the call may be recorded at all."""
+        if image.device.type != 'cuda' or image.requires_grad or torch.compiler.is_compiling():
+            return False
+        if torch.cuda.is_current_stream_capturing() or torch.jit.is_tracing():
+            return False
+        # Training with gradients or evaluation without: what runs at every step.
+        return torch.is_grad_enabled() == network.training
+
+    def _record(self, network: nn.Module, image: Tensor, autocast) -> '_Recording':
+        return _Recording(network, self._function, image, autocast)
+
+
+def _is_synced(module: nn.Module) -> bool:
+    return isinstance(module, nn.SyncBatchNorm)
+
+
+class _Recording:
+    """One recording: of the forward pass in evaluation, of both passes in training."""
+
+    def __init__(self, network: nn.Module, function: Callable, image: Tensor, autocast) -> None:
+        self.image = image.detach().clone(memory_format=torch.preserve_format)
+        self.parameters = [p for p in network.parameters() if p.requires_grad] if network.training else []
+        self.calls = 0
+        self.backward_graph = None
+        # Warming up and recording run the network: what that changes is put back.
+        kept = [(b, b.clone()) for b in network.buffers()]
+        random = torch.cuda.get_rng_state(image.device)
+        # Casts of weights that autocast keeps would be made outside of the recording and be old at its next call.
+        context = torch.autocast('cuda', autocast or None, bool(autocast), cache_enabled=False)
+        stream = torch.cuda.Stream(image.device)
+        stream.wait_stream(torch.cuda.current_stream(image.device))
+        with torch.cuda.stream(stream), context:
+            for _ in range(3):
+                self._gradients(function(self.image))
+        torch.cuda.current_stream(image.device).wait_stream(stream)
+        # Other threads, such as the one that pins memory, may go on meanwhile.
+        self.forward_graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward_graph, capture_error_mode='thread_local'), context:
+            self.maps = function(self.image)
+        if self.parameters:
+            self.grads = [torch.zeros_like(m) for m in self.maps]
+            self.backward_graph = torch.cuda.CUDAGraph()
+            pool = self.forward_graph.pool()
+            with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode='thread_local'):
+                self.found = self._gradients(self.maps, self.grads)
+        self.maps = tuple(m.detach() for m in self.maps)
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+        torch.cuda.set_rng_state(random, image.device)
+
+    def _gradients(self, maps, grads=None) -> List[Optional[Tensor]]:
+        if not self.parameters:
+            return []
+        grads = [torch.zeros_like(m) for m in maps] if grads is None else grads
+        return list(torch.autograd.grad(maps, self.parameters, grads, allow_unused=True))
+
+    def __call__(self, image: Tensor) -> Tuple[Tensor, ...]:
+        if self.parameters:
+            return _Replay.apply(self, image, *self.parameters)
+        return self.forward(image)
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
+        self.image.copy_(image)
+        self.forward_graph.replay()
+        self.calls += 1
+        return tuple(m.clone() for m in self.maps)  # the next call overwrites these
+
+    def backward(self, grads) -> List[Optional[Tensor]]:
+        for own, grad in zip(self.grads, grads):
+            own.zero_() if grad is None else own.copy_(grad)
+        self.backward_graph.replay()
+        # Copies, which may stay in .grad while the next call overwrites these.
+        there = [g for g in self.found if g is not None]
+        copies = [torch.empty_like(g) for g in there]
+        torch._foreach_copy_(copies, there)
+        copies = iter(copies)
+        return [None if g is None else next(copies) for g in self.found]
+
+
+class _Replay(torch.autograd.Function):
+    """A recording of both passes, for autograd."""
+
+    @staticmethod
+    def forward(ctx, recording: _Recording, image: Tensor, *parameters: Tensor):
+        maps = recording.forward(image)
+        ctx.recording, ctx.call = recording, recording.calls
+        ctx.set_materialize_grads(False)
+        return maps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        if ctx.call != ctx.recording.calls:
+            raise RuntimeError(
+                'OverLoCK(cuda_graphs=True): the network ran again before the backward pass, and its activations are '
+                'those of the later call. Call backward() after every forward pass, or leave cuda_graphs off'
+            )
+        return (None, None, *ctx.recording.backward(grads))

@@ -1,0 +1,161 @@
+"""CUDA graphs of the network: when sizes are recorded; on a GPU, that recordings train as the network does."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from common import randomise
+
+from mmoverlock import OverLoCK
+from mmoverlock.models import graphs
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+
+class FakeRecording:
+    """Counts its calls, and runs the network."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, image):
+        self.calls += 1
+        return self.function(image)
+
+
+@pytest.fixture
+def network(tiny, monkeypatch):
+    """A network that records on the CPU."""
+    monkeypatch.setattr(graphs.Graphs, '_takes', staticmethod(lambda network, image: True))
+    monkeypatch.setattr(graphs.Graphs, '_record', lambda self, *_: FakeRecording(self._function))
+    return randomise(OverLoCK(tiny, cuda_graphs=True)).eval()
+
+
+def recordings(network):
+    return {key[0][-1]: r.calls for key, r in network.graphs._recordings.items()}
+
+
+@torch.no_grad()
+def test_sizes_that_keep_coming_are_recorded(network):
+    for width in (32, 64, 32, 96, 32, 32, 32):
+        network(torch.rand(1, 3, 32, width))
+    assert recordings(network) == {32: 2}
+    for width in range(64, 64 + 32 * 8, 32):
+        for _ in range(4):
+            network(torch.rand(1, 3, 32, width))
+    assert len(recordings(network)) == graphs._MOST
+
+
+@torch.no_grad()
+def test_recordings_end_with_the_weights_they_use(network):
+    for _ in range(4):
+        network(torch.rand(1, 3, 32, 32))
+    assert recordings(network) == {32: 1}
+    network.stage1[0].norm.weight.data = network.stage1[0].norm.weight.data.clone()
+    network(torch.rand(1, 3, 32, 32))
+    assert recordings(network) == {32: 1}  # a new one
+    network.load_state_dict(network.state_dict())  # in place
+    network(torch.rand(1, 3, 32, 32))
+    assert recordings(network) == {32: 2}
+    network.stem[0].conv.weight.requires_grad_(False)
+    network(torch.rand(1, 3, 32, 32))
+    assert recordings(network) == {32: 1}
+    for change in (network.double, network.float, network.switch_to_deploy):
+        change()
+        assert recordings(network) == {}
+        image = torch.rand(1, 3, 32, 32, dtype=network.stem[0].conv.weight.dtype)
+        for _ in range(4):
+            network(image)
+        assert len(recordings(network)) == 1
+
+
+@torch.no_grad()
+def test_copies_record_for_themselves(network):
+    for _ in range(4):
+        network(torch.rand(1, 3, 32, 32))
+    for double in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        image = torch.rand(1, 3, 32, 32)
+        for parameter in double.parameters():
+            parameter.mul_(0.9)
+        assert not torch.allclose(double(image)[0], network(image)[0])
+        assert recordings(double) == {}
+
+
+def test_what_is_not_recorded(tiny):
+    """On a CPU nothing is; and a pass that is computed twice cannot be."""
+    network = randomise(OverLoCK(tiny, cuda_graphs=True)).eval()
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(6):
+            maps = network(image)
+    assert recordings(network) == {}
+    plain = OverLoCK(tiny).eval()
+    plain.load_state_dict(network.state_dict())
+    torch.testing.assert_close(maps, plain(image))
+    with pytest.raises(ValueError, match='choose one'):
+        OverLoCK(tiny, cuda_graphs=True, with_cp=True)
+
+
+def steps(network, images, amp):
+    """Losses and gradients of some training steps."""
+    optimizer = torch.optim.SGD(network.parameters(), 1e-2)
+    losses = []
+    for image in images:
+        with torch.autocast('cuda', torch.bfloat16, enabled=amp):
+            maps = network(image)
+        loss = sum(m.float().square().mean() for m in maps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@needs_gpu
+@pytest.mark.parametrize('amp', [False, True])
+def test_trains_as_the_network_does(tiny, amp):
+    network = randomise(OverLoCK(tiny, cuda_graphs=True)).cuda().train()
+    plain = OverLoCK(tiny).cuda().train()
+    plain.load_state_dict(network.state_dict())
+    images = [torch.randn(2, 3, 128, 128, device='cuda') for _ in range(8)]
+    expected, found = steps(plain, images, amp), steps(network, images, amp)
+    assert len(network.graphs._recordings) == 1
+    torch.testing.assert_close(found, expected, rtol=2e-2 if amp else 1e-4, atol=0)
+    for (name, a), b in zip(network.state_dict().items(), plain.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=5e-2 if amp else 1e-3, atol=2e-2 if amp else 1e-4, msg=name)
+    network.eval(), plain.eval()
+    with torch.no_grad():
+        for image in images:
+            a, b = network(image), plain(image)
+            torch.testing.assert_close(a[0], b[0], rtol=5e-2, atol=5e-2)
+    assert len(network.graphs._recordings) == 2
+
+
+@needs_gpu
+def test_gradients_add_up(tiny):
+    """Two backward passes before a step: the second must not overwrite what the first left."""
+    network = randomise(OverLoCK(tiny, cuda_graphs=True)).cuda().train()
+    plain = copy.deepcopy(network)
+    plain.graphs = None
+    image = torch.randn(2, 3, 96, 96, device='cuda')
+    for _ in range(5):
+        for model in (network, plain):
+            model.zero_grad()
+            for factor in (1, 3):
+                (factor * sum(m.square().mean() for m in model(factor * image))).backward()
+    assert network.graphs._recordings
+    for (name, a), b in zip(network.named_parameters(), plain.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-3 * b.grad.abs().max().item(), msg=name)
+
+
+@needs_gpu
+def test_a_second_forward_pass_is_an_error(tiny):
+    network = randomise(OverLoCK(tiny, cuda_graphs=True)).cuda().train()
+    image = torch.randn(2, 3, 96, 96, device='cuda')
+    for _ in range(5):
+        network(image)[0].sum().backward()
+    first = network(image)[0].sum()
+    network(image)
+    with pytest.raises(RuntimeError, match='ran again before the backward pass'):
+        first.backward()
