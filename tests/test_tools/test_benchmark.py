@@ -202,7 +202,8 @@ def test_clear_errors(tool, capsys, tmp_path):
     fails('convnext_gigantic', words='neither a variant')
     fails('--config', str(tmp_path / 'absent.py'), words='config not found')
     fails('xt', '--mode', 'train', '--dtype', 'fp16-pure', words='is for eval')
-    fails('xt', '--run', 'cudagraph', words='cudagraph needs a GPU')
+    for run in ('cudagraph', 'blocks+graphs'):
+        fails('xt', '--run', run, words=f'{run} needs a GPU')
     fails('xt', '--shape', '1x2x3', words='argument --shape')
     fails('xt', '--batch', '0', words='argument --batch')
     fails(words='name models')
