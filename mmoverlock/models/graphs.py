@@ -90,8 +90,13 @@ class _Recording:
 
     def __init__(self, network: nn.Module, function: Callable, image: Tensor, autocast) -> None:
         self.image = image.detach().clone(memory_format=torch.preserve_format)
-        self.parameters = [p for p in network.parameters() if p.requires_grad] if network.training else []
+        named = {n: p for n, p in network.named_parameters() if p.requires_grad} if network.training else {}
+        self.parameters = list(named.values())
         self.calls = 0
+        # The recording differentiates by stand-ins in the same memory. The parameters themselves may still be leaves of
+        # an earlier step's graph, whose stream the gradients would have to wait for, which no recording may.
+        self.leaves = {f'network.{n}': nn.Parameter(p.detach()) for n, p in named.items()}
+        function = _Function(network, function).call_with(self.leaves)
         self.backward_graph = None
         # Warming up and recording run the network: what that changes is put back.
         kept = [(b, b.clone()) for b in network.buffers()]
@@ -124,7 +129,7 @@ class _Recording:
         if not self.parameters:
             return []
         grads = [torch.zeros_like(m) for m in maps] if grads is None else grads
-        return list(torch.autograd.grad(maps, self.parameters, grads, allow_unused=True))
+        return list(torch.autograd.grad(maps, list(self.leaves.values()), grads, allow_unused=True))
 
     def __call__(self, image: Tensor) -> Tuple[Tensor, ...]:
         if self.parameters:
@@ -147,6 +152,22 @@ class _Recording:
         torch._foreach_copy_(copies, there)
         copies = iter(copies)
         return [None if g is None else next(copies) for g in self.found]
+
+
+class _Function(nn.Module):
+    """A function of a network's, as a module whose parameters can be others for one call."""
+
+    def __init__(self, network: nn.Module, function: Callable) -> None:
+        super().__init__()
+        self.network, self.function = network, function
+        self.training = network.training
+
+    def forward(self, image: Tensor) -> Tuple[Tensor, ...]:
+        return self.function(image)
+
+    def call_with(self, leaves: Dict[str, Tensor]) -> Callable:
+        """The function with these parameters in place of the network's own."""
+        return lambda image: torch.func.functional_call(self, leaves, (image,))
 
 
 class _Replay(torch.autograd.Function):

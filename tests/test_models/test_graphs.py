@@ -97,6 +97,26 @@ def test_what_is_not_recorded(tiny):
         OverLoCK(tiny, cuda_graphs=True, with_cp=True)
 
 
+def test_recordings_differentiate_by_stand_ins(tiny):
+    """A parameter may be a leaf of an earlier step's graph, on a stream that a recording must not wait for."""
+    network = randomise(OverLoCK(tiny)).train()
+    named = dict(network.named_parameters())
+    leaves = {f'network.{n}': torch.nn.Parameter(p.detach()) for n, p in named.items()}
+    before = [p.data_ptr() for p in named.values()]
+    maps = graphs._Function(network, network._features).call_with(leaves)(torch.rand(2, 3, 64, 64))
+    found, seen, todo = set(), set(), [m.grad_fn for m in maps]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [after for after, _ in node.next_functions]
+        found |= {id(node.variable)} if hasattr(node, 'variable') else set()
+    assert found == {id(leaf) for leaf in leaves.values()}
+    assert all(p is q for p, q in zip(named.values(), network.parameters()))  # all are back in place
+    assert before == [leaf.data_ptr() for leaf in leaves.values()]
+
+
 def steps(network, images, amp):
     """Losses and gradients of some training steps."""
     optimizer = torch.optim.SGD(network.parameters(), 1e-2)
