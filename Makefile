@@ -34,7 +34,7 @@ setup:
 # tests/conftest.py puts them in: by default files with few tests come last, and among them are the longest.
 test: setup
 	@$(PY) tools/dev/install_browser.py
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations=15 $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 demo: setup
 	$(PY) tools/demo/run_demo.py $(ARGS)

@@ -10,8 +10,8 @@ from mmengine.registry import DefaultScope
 #: What takes minutes, longest first: with several processes, a long file that starts last keeps one of them busy alone.
 LONG = (
     'test_docs/test_commands.py',
-    'real-data',
     'test_demo/test_run_demo.py',
+    'test_docs/test_commands_real_data.py',
     'test_ops/test_contmix_triton.py',
     'test_ops/test_depthwise_triton.py',
     'test_ops/test_feed_forward_triton.py',
@@ -21,17 +21,9 @@ LONG = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """The tests of a file go to one process, which shares their fixtures, unless they are marked otherwise."""
-
-    def group(item):
-        mark = item.get_closest_marker('xdist_group')
-        return mark.args[0] if mark else item.nodeid.split('::')[0].removeprefix('tests/')
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: LONG.index(group(item)) if group(item) in LONG else len(LONG))
+    order = {name: n for n, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.nodeid.split('::')[0].removeprefix('tests/'), len(LONG)))
 
 
 @pytest.fixture(scope='session')

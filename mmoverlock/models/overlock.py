@@ -157,6 +157,8 @@ class OverLoCK(BaseModule):
         [(1, 56, 56, 56), (1, 112, 28, 28), (1, 340, 14, 14), (1, 420, 7, 7)]
     """
 
+    memory_format = torch.channels_last  # of the maps inside; what the network returns is contiguous
+
     def __init__(
         self,
         arch: Union[str, dict],
@@ -313,7 +315,7 @@ class OverLoCK(BaseModule):
     def _features(self, x: Tensor) -> Tuple[Tensor, ...]:
         # On CPU PyTorch's depthwise convolutions are up to 20 times faster in this format, on GPUs all 1x1 and 3x3 ones
         # are. The layers keep it; our operators that compute in NCHW order give that, and the next layers turn it back.
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=self.memory_format)
         last = 3 if self.out_type == 'classification' else self.out_indices[-1]  # nothing after it is needed
         # Base-Net
         x1 = self._run(1, self.stage1, self.stem(x))

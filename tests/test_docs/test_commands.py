@@ -30,7 +30,7 @@ NOT_HERE = {
 }
 
 #: Pages that a test of their own follows.
-FOLLOWED = {'your-own-data': 'tests/test_guide.py'}
+FOLLOWED = {'your-own-data': 'tests/test_guide.py', 'real-data': 'tests/test_docs/test_commands_real_data.py'}
 
 
 def not_here(command):
@@ -48,14 +48,13 @@ def done():
     return set()
 
 
-def in_its_process(page):
-    """A page as a parameter; the longest has a process and a folder of its own."""
-    marks = [pytest.mark.xdist_group(page.stem)] if page.stem == 'real-data' else []
-    return pytest.param(page, id=page.stem, marks=marks)
-
-
-@pytest.mark.parametrize('page', [in_its_process(p) for p in PAGES if commands(p) and p.stem not in FOLLOWED])
+@pytest.mark.parametrize('page', [p for p in PAGES if commands(p) and p.stem not in FOLLOWED], ids=lambda p: p.stem)
 def test_commands(page, folder, done):
+    follow(page, folder, done)
+
+
+def follow(page, folder, done):
+    """Runs the commands of a page that have not run yet."""
     for command in commands(page):
         if not_here(command) or command in done:
             continue

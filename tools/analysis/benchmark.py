@@ -558,6 +558,9 @@ class Row:
         self.model = model.to(dtype=dtype, memory_format=layout)
         self.image = self.truth.image.to(dtype=dtype, memory_format=layout)
         backbones = [m for m in self.model.modules() if isinstance(m, OverLoCK)]
+        if not self.cuda and job.backend == 'reference':
+            for backbone in backbones:  # the plain definition: PyTorch's own order of memory, too
+                backbone.memory_format = torch.contiguous_format
         if job.run in RECORDED:
             for backbone in backbones:
                 backbone.graphs = Graphs()  # what OverLoCK(cuda_graphs=True) has
