@@ -39,6 +39,7 @@ optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
     clip_grad=_base_.optim_wrapper.clip_grad,
+    constructor=_base_.optim_wrapper.constructor,
     paramwise_cfg=_base_.optim_wrapper.paramwise_cfg,
 )
 max_iters = 600

@@ -6,6 +6,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
+from .grouped import merge_groups
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -62,15 +63,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             return
         names = {id(p): n for n, p in module.named_parameters()}
         backbones = _backbones(module)
-        groups: Dict[tuple, dict] = {}
         for group in params:
-            (param,) = group.pop('params')
+            (param,) = group['params']
             layer, layers = _depth(names[id(param)], backbones)
             scale = self.decay_rate ** (layers - 1 - layer)
             group.update(lr=group.get('lr', self.base_lr) * scale, lr_scale=scale)
-            key = tuple(sorted((k, repr(v)) for k, v in group.items()))
-            groups.setdefault(key, dict(group, params=[]))['params'].append(param)
-        params[:] = groups.values()
+        params[:] = merge_groups(params)
 
 
 def _backbones(model: nn.Module) -> Dict[str, Callable[[str, str], Tuple[int, int]]]:

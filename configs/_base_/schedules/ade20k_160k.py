@@ -5,6 +5,7 @@ optimizer = dict(_delete_=True, type='AdamW', lr=6e-5, betas=(0.9, 0.999), weigh
 # The published rule for weight decay, on our names: see coco_1x.py.
 optim_wrapper = dict(
     optimizer=optimizer,
+    constructor='mmoverlock.GroupedOptimWrapperConstructor',
     paramwise_cfg=dict(custom_keys={'norm': dict(decay_mult=0.0), '.norm.': dict(decay_mult=1.0)}),
 )
 param_scheduler = [

@@ -8,6 +8,7 @@ optim_wrapper = dict(
     # norm2 of the focus blocks and the norms of the outputs. Everything else is decayed, biases,
     # batch norms and the base blocks' layer norms too. The latter are officially 'proj.0' and here
     # 'norm', so a longer key, which mmengine tries first, takes them out again.
+    constructor='mmoverlock.GroupedOptimWrapperConstructor',
     paramwise_cfg=dict(custom_keys={'norm': dict(decay_mult=0.0), '.norm.': dict(decay_mult=1.0)}),
 )
 default_hooks = dict(

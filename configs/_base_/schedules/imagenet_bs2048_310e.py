@@ -7,6 +7,7 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5.0),
     # Published, timm's rule: none on biases and other 1-D parameters. Position biases (rpb1, rpb2) are
     # 3-D, layer scales and GRN 4-D: they are decayed.
+    constructor='mmoverlock.GroupedOptimWrapperConstructor',
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0),
 )
 

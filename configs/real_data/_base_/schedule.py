@@ -5,6 +5,7 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5.0),
     # No decay on norms, biases and other 1-D parameters (ConvNeXt's layer scale is one); as in the ImageNet recipe,
     # OverLoCK's position biases, layer scales and GRN are decayed.
+    constructor='mmoverlock.GroupedOptimWrapperConstructor',  # for all backbones: the same settings, fewer launches
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0, flat_decay_mult=0.0),
 )
 val_cfg = dict(type='ValLoop')
