@@ -14,8 +14,7 @@ class GroupedOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
     mmengine makes a group of every single parameter once ``paramwise_cfg`` is given. PyTorch's optimizers launch a
     dozen kernels a group, so the step of a network with a thousand parameters, as OverLoCK's, takes a hundred times as
-    many
-    launches as it needs, and can take longer than the network itself. Which parameter gets what stays the same.
+    many launches as it needs, and can take longer than the network itself. Which parameter gets what stays the same.
 
     Examples:
         >>> optim_wrapper = dict(

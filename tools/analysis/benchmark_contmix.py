@@ -370,6 +370,24 @@ def linear(dtype=torch.float16):
     return rows
 
 
+def plot(rows, path):
+    """Draws time against positions, both logarithmic, beside lines of equal time a position."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.5, 4))
+    positions = [row['side'] ** 2 for row in rows]
+    for key, label in (('forward', 'forward'), ('both', 'forward and backward')):
+        times = [row[key] for row in rows]
+        (line,) = axes.plot(positions, times, 'o-', label=label)
+        axes.plot(positions, [times[-1] * p / positions[-1] for p in positions], ':', color=line.get_color())
+    axes.set(xscale='log', yscale='log', xlabel='positions, H x W', ylabel='ms', title='ContMix, 8 groups, K 13, fp16')
+    axes.legend()
+    figure.savefig(path, dpi=110, bbox_inches='tight')
+
+
 def resources(cases, capability=90):
     """Compiles the kernels for a GPU that need not be there; prints registers, local memory, instructions, loops."""
     import triton
@@ -476,6 +494,7 @@ def main():
     parser.add_argument('--general', action='store_true', help='use the general kernels on small maps, too')
     parser.add_argument('--no-baseline', action='store_true', help='leave out the composition of PyTorch operators')
     parser.add_argument('--json', help='file for all numbers')
+    parser.add_argument('--plot', help='picture of what --only linear gives')
     args = parser.parse_args()
     shared.ENABLED = not args.general
     if args.only == ['resources']:
@@ -496,6 +515,8 @@ def main():
         passed &= resources(cases)
     if 'linear' in args.only and passed:
         result['linear'] = linear()
+        if args.plot:
+            plot(result['linear'], args.plot)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))
     sys.exit(not passed)
