@@ -3,6 +3,7 @@
 A CUDA graph is a recording for one size of input. Sizes that keep coming are recorded, others run as ever.
 """
 
+import warnings
 import weakref
 from typing import Callable, Dict, List, Optional, Tuple
 
@@ -30,6 +31,7 @@ class Graphs:
         self._recordings: Dict[tuple, '_Recording'] = {}
         self._tensors: Optional[list] = None
         self._memory: list = []
+        self._failed = False
 
     def __deepcopy__(self, memo) -> 'Graphs':
         return Graphs()
@@ -57,20 +59,25 @@ class Graphs:
         if memory != self._memory:  # weights have moved, or others are frozen: recordings would use the old ones
             self._memory = memory
             self._recordings.clear()
+            self._seen.clear()  # where they move at every step, as sharded ones do, nothing is recorded
         autocast = torch.is_autocast_enabled('cuda') and torch.get_autocast_dtype('cuda')
-        key = (image.shape, image.dtype, image.device, network.training, autocast)
+        key = (image.shape, image.dtype, image.device, network.training, autocast, torch.is_inference_mode_enabled())
         recording = self._recordings.get(key)
         if recording is None:
             seen = self._seen[key] = self._seen.get(key, 0) + 1
             if seen <= _AFTER or len(self._recordings) >= _MOST or any(map(_is_synced, network.modules())):
                 return self._function(image)
-            recording = self._recordings[key] = self._record(network, image, autocast)
+            try:
+                recording = self._recordings[key] = self._record(network, image, autocast)
+            except RuntimeError as error:  # CUDA's are, and so is a lack of memory
+                self._failed = True
+                warnings.warn(f'OverLoCK(cuda_graphs=True) goes on without recordings: {error}', stacklevel=2)
+                return self._function(image)
         return recording(image)
 
-    @staticmethod
-    def _takes(network: nn.Module, image: Tensor) -> bool:
+    def _takes(self, network: nn.Module, image: Tensor) -> bool:
         """Whether the call may be recorded at all."""
-        if image.device.type != 'cuda' or image.requires_grad or torch.compiler.is_compiling():
+        if self._failed or image.device.type != 'cuda' or image.requires_grad or torch.compiler.is_compiling():
             return False
         if torch.cuda.is_current_stream_capturing() or torch.jit.is_tracing():
             return False
@@ -101,14 +108,24 @@ class _Recording:
         # Warming up and recording run the network: what that changes is put back.
         kept = [(b, b.clone()) for b in network.buffers()]
         random = torch.cuda.get_rng_state(image.device)
+        try:
+            self._capture(function, autocast)
+        finally:
+            with torch.no_grad():
+                for buffer, value in kept:
+                    buffer.copy_(value)
+            torch.cuda.set_rng_state(random, image.device)
+
+    def _capture(self, function: Callable, autocast) -> None:
         # Casts of weights that autocast keeps would be made outside of the recording and be old at its next call.
         context = torch.autocast('cuda', autocast or None, bool(autocast), cache_enabled=False)
-        stream = torch.cuda.Stream(image.device)
-        stream.wait_stream(torch.cuda.current_stream(image.device))
+        here = torch.cuda.current_stream(self.image.device)
+        stream = torch.cuda.Stream(self.image.device)
+        stream.wait_stream(here)
         with torch.cuda.stream(stream), context:
             for _ in range(3):
                 self._gradients(function(self.image))
-        torch.cuda.current_stream(image.device).wait_stream(stream)
+        here.wait_stream(stream)
         # Other threads, such as the one that pins memory, may go on meanwhile.
         self.forward_graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward_graph, capture_error_mode='thread_local'), context:
@@ -120,15 +137,16 @@ class _Recording:
             with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode='thread_local'):
                 self.found = self._gradients(self.maps, self.grads)
         self.maps = tuple(m.detach() for m in self.maps)
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
-        torch.cuda.set_rng_state(random, image.device)
 
     def _gradients(self, maps, grads=None) -> List[Optional[Tensor]]:
+        """Gradients of the stand-ins; None for one that no map depends on, and for all if no map has a gradient."""
         if not self.parameters:
             return []
         grads = [torch.zeros_like(m) for m in maps] if grads is None else grads
+        pairs = [(m, g) for m, g in zip(maps, grads) if m.requires_grad]  # a map of frozen stages does not
+        if not pairs:
+            return [None] * len(self.parameters)
+        maps, grads = zip(*pairs)
         return list(torch.autograd.grad(maps, list(self.leaves.values()), grads, allow_unused=True))
 
     def __call__(self, image: Tensor) -> Tuple[Tensor, ...]:

@@ -27,7 +27,7 @@ class FakeRecording:
 @pytest.fixture
 def network(tiny, monkeypatch):
     """A network that records on the CPU."""
-    monkeypatch.setattr(graphs.Graphs, '_takes', staticmethod(lambda network, image: True))
+    monkeypatch.setattr(graphs.Graphs, '_takes', lambda self, network, image: not self._failed)
     monkeypatch.setattr(graphs.Graphs, '_record', lambda self, *_: FakeRecording(self._function))
     return randomise(OverLoCK(tiny, cuda_graphs=True)).eval()
 
@@ -54,13 +54,16 @@ def test_recordings_end_with_the_weights_they_use(network):
     assert recordings(network) == {32: 1}
     network.stage1[0].norm.weight.data = network.stage1[0].norm.weight.data.clone()
     network(torch.rand(1, 3, 32, 32))
-    assert recordings(network) == {32: 1}  # a new one
+    assert recordings(network) == {}  # if they move at every call, none is made
+    for _ in range(3):
+        network(torch.rand(1, 3, 32, 32))
+    assert recordings(network) == {32: 1}
     network.load_state_dict(network.state_dict())  # in place
     network(torch.rand(1, 3, 32, 32))
     assert recordings(network) == {32: 2}
     network.stem[0].conv.weight.requires_grad_(False)
     network(torch.rand(1, 3, 32, 32))
-    assert recordings(network) == {32: 1}
+    assert recordings(network) == {}
     for change in (network.double, network.float, network.switch_to_deploy):
         change()
         assert recordings(network) == {}
@@ -80,6 +83,36 @@ def test_copies_record_for_themselves(network):
             parameter.mul_(0.9)
         assert not torch.allclose(double(image)[0], network(image)[0])
         assert recordings(double) == {}
+
+
+@torch.no_grad()
+def test_a_recording_that_fails_is_told_and_done_without(network, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError('too little')
+
+    monkeypatch.setattr(graphs.Graphs, '_record', fail)
+    image = torch.rand(1, 3, 32, 32)
+    for _ in range(3):
+        expected = network(image)
+    with pytest.warns(UserWarning, match='goes on without recordings: too little'):
+        torch.testing.assert_close(network(image), expected)
+    network(image)  # and not again
+
+
+@pytest.mark.parametrize('frozen, maps', [(2, (0, 3)), (6, (0, 1))])
+def test_gradients_of_maps_that_have_some(tiny, frozen, maps):
+    """Maps of frozen stages have none, which is no error."""
+    network = randomise(OverLoCK(tiny, frozen_stages=frozen, out_indices=maps)).train()
+    recording = graphs._Recording.__new__(graphs._Recording)
+    named = {n: p for n, p in network.named_parameters() if p.requires_grad}
+    recording.parameters = list(named.values())
+    recording.leaves = {f'network.{n}': torch.nn.Parameter(p.detach()) for n, p in named.items()}
+    function = graphs._Function(network, network._features).call_with(recording.leaves)
+    found = recording._gradients(function(torch.rand(2, 3, 64, 64)))
+    assert len(found) == len(named)
+    assert all((g is None) == (frozen == 6 and not n.startswith('norm')) for n, g in zip(named, found)), [
+        n for n, g in zip(named, found) if g is None
+    ]
 
 
 def test_what_is_not_recorded(tiny):
