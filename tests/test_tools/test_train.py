@@ -28,13 +28,13 @@ def test_writes_logs_and_checkpoints(trained, task):
 
 
 def test_compile_switch_of_mmengine(train, config, tmp_path, monkeypatch):
-    """``compile`` beside ``model`` reaches the whole model; test_compile.py traces the network."""
+    """``compile`` beside ``model`` reaches the whole training step; test_compile.py traces the network."""
     compiled = []
     monkeypatch.setattr(torch, 'compile', lambda function, **options: compiled.append((function, options)) or function)
     options = ['compile.backend=eager', 'train_cfg.max_epochs=1', 'train_cfg.val_begin=9']
     train.main([config, '--work-dir', str(tmp_path / 'w'), '--cfg-options', *options])
     ((function, options),) = compiled
-    assert function.__name__ == 'forward' and options == dict(backend='eager')
+    assert function.__name__ == 'train_step' and options == dict(backend='eager')
 
 
 def test_resume_continues_where_it_stopped(trained, train, tmp_path):
