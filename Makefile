@@ -13,11 +13,12 @@ ARGS ?=
 PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo docs lint pins clean clean-env
+.PHONY: help setup test test-fast demo docs lint pins clean clean-env
 
 help:
 	@echo 'make demo      set up, then train, test and draw all three tasks on made-up scenes; ends in work_dirs/demo/report.html'
 	@echo 'make test      set up, then run the tests'
+	@echo 'make test-fast the same without the tests that take minutes'
 	@echo 'make setup     only make the environment, $(VENV)'
 	@echo 'make docs      build the documentation as a site in work_dirs/docs'
 	@echo 'make lint      check the style with ruff'
@@ -35,6 +36,9 @@ setup:
 test: setup
 	@$(PY) tools/dev/install_browser.py
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
+
+test-fast:
+	@$(MAKE) --no-print-directory test ARGS='-m "not slow" $(ARGS)'
 
 demo: setup
 	$(PY) tools/demo/run_demo.py $(ARGS)

@@ -7,7 +7,8 @@ import torch
 from common import GOLDEN, TINY, fill
 from mmengine.registry import DefaultScope
 
-#: What takes minutes, longest first: with several processes, a long file that starts last keeps one of them busy alone.
+#: What takes minutes, marked ``slow``, longest first: with several processes, a long file that starts last keeps one of
+#: them busy alone.
 LONG = (
     'test_docs/test_commands.py',
     'test_demo/test_run_demo.py',
@@ -23,7 +24,11 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     order = {name: n for n, name in enumerate(LONG)}
-    items.sort(key=lambda item: order.get(item.nodeid.split('::')[0].removeprefix('tests/'), len(LONG)))
+    place = {item: order.get(item.nodeid.split('::')[0].removeprefix('tests/'), len(LONG)) for item in items}
+    for item in items:
+        if place[item] < len(LONG):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=place.get)
 
 
 @pytest.fixture(scope='session')
