@@ -38,6 +38,19 @@ class OnGpu:
         self.shape, self.dtype, self.device = shape, dtype, torch.device('cuda', 0)
 
 
+def mend_interpreter():
+    """Triton 3.6 turns a loop's bound, an array of one element, into an int in a way that NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, '__index__', lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor
+
+
 def run_interpreted(tests):
     """Runs tests of kernels in a process of their own: Triton reads the wish to interpret when it is first imported."""
     env = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')

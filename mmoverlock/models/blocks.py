@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm  # of every kind: SyncBatchNorm is no BatchNorm2d
 
 from ..checkpoints import adapt_block_state_dict
-from ..ops import contmix, depthwise_conv3x3
+from ..ops import contmix
 from .layers import (
     GRN,
     ConvFFN,
     ConvNorm,
     DropPath,
+    DWConv,
     LargeKernelConv,
     LayerNorm2d,
     LayerScale,
@@ -196,15 +197,14 @@ class Fusion(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.dwconv = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels)
+        self.dwconv = DWConv(in_channels)
         self.bn = nn.BatchNorm2d(in_channels)
         self.act = nn.GELU()
         self.conv = nn.Conv2d(in_channels, out_channels, 1)
         self.grn = GRN(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = depthwise_conv3x3(x, self.dwconv.weight, self.dwconv.bias)
-        return self.grn(self.conv(self.act(self.bn(x))))
+        return self.grn(self.conv(self.act(self.bn(self.dwconv(x)))))
 
     def switch_to_deploy(self) -> None:
         """Folds the batch norm into the depthwise convolution."""

@@ -104,7 +104,6 @@ class _Recording:
         # an earlier step's graph, whose stream the gradients would have to wait for, which no recording may.
         self.leaves = {f'network.{n}': nn.Parameter(p.detach()) for n, p in named.items()}
         function = _Function(network, function).call_with(self.leaves)
-        self.backward_graph = None
         # Warming up and recording run the network: what that changes is put back.
         kept = [(b, b.clone()) for b in network.buffers()]
         random = torch.cuda.get_rng_state(image.device)

@@ -150,8 +150,8 @@ class SELayer(nn.Module):
         return affine(x, scale)
 
 
-class ResDWConv(nn.Conv2d):
-    """Depthwise 3x3 convolution with a residual connection, ``x + conv(x)``.
+class DWConv(nn.Conv2d):
+    """Depthwise 3x3 convolution through :func:`mmoverlock.ops.depthwise_conv3x3`.
 
     Args:
         channels (int): C.
@@ -159,6 +159,16 @@ class ResDWConv(nn.Conv2d):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv3x3(x, self.weight, self.bias)
+
+
+class ResDWConv(DWConv):
+    """The same with a residual connection, ``x + conv(x)``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
         self.merged = False
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import os
-from typing import Dict, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -53,3 +53,30 @@ def power_of_two(n: int) -> int:
 def on(device: torch.device):
     """A context in which kernels are launched on this device."""
     return torch.cuda.device(device) if device.type == 'cuda' else contextlib.nullcontext()
+
+
+def compute_input(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """``x`` in the type to compute in, its own or autocast's, and in this memory format."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return x.contiguous(memory_format=memory_format)
+
+
+def differentiated_again() -> bool:
+    """Whether the gradients being computed are to be differentiated in their turn (``create_graph=True``)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def definition_gradients(outputs, inputs: Sequence[Optional[Tensor]], grads) -> List[Optional[Tensor]]:
+    """Gradients that can be differentiated again: those of an operator's definition.
+
+    Args:
+        outputs (Tensor | Sequence[Tensor]): What the definition gave.
+        inputs (Sequence[Tensor | None]): What it was given; those that need no gradient get None.
+        grads (Tensor | Sequence[Tensor]): Gradients of the outputs.
+    """
+    needed = [t is not None and t.requires_grad for t in inputs]
+    wanted = [t for t, need in zip(inputs, needed) if need]
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+    return [next(found) if need else None for need in needed]

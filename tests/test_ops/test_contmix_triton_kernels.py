@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from common import mend_interpreter
 
 from mmoverlock.ops import contmix
 from mmoverlock.ops.contmix import reference
@@ -16,14 +17,7 @@ cuda = pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 if INTERPRETED:
-    # Triton 3.6 turns a loop's bound, an array of one element, into an int in a way that NumPy 2.4 refuses.
-    from triton.runtime import interpreter
-
-    def patch_tensor(tensor, scope, original=interpreter._patch_lang_tensor):
-        original(tensor, scope)
-        scope.set_attr(tensor, '__index__', lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_tensor
+    mend_interpreter()
 
 
 def arguments(batch, groups, dim, height, width, small, large, cells, channels, dtype=torch.float32, scale=1.0):

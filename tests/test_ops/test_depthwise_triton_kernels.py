@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from common import mend_interpreter
 
 from mmoverlock.ops import depthwise_conv2d, depthwise_conv2d_branches, depthwise_conv2d_norm_branches
 from mmoverlock.ops.depthwise import norm
@@ -16,14 +17,7 @@ pytestmark = pytest.mark.skipif(not (CUDA or INTERPRETED), reason='needs a GPU o
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 if INTERPRETED:
-    # Triton 3.6 turns a loop's bound, an array of one element, into an int in a way that NumPy 2.4 refuses.
-    from triton.runtime import interpreter
-
-    def patch_tensor(tensor, scope, original=interpreter._patch_lang_tensor):
-        original(tensor, scope)
-        scope.set_attr(tensor, '__index__', lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_tensor
+    mend_interpreter()
 
 
 def arguments(shape, size, dtype=torch.float32, parameters=torch.float32):

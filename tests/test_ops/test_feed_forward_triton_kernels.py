@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from common import mend_interpreter
 
 from mmoverlock.ops import depthwise_conv3x3, feed_forward
 from mmoverlock.ops.depthwise import small
@@ -18,14 +19,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 
 if INTERPRETED:
-    # Triton 3.6 turns a loop's bound, an array of one element, into an int in a way that NumPy 2.4 refuses.
-    from triton.runtime import interpreter
-
-    def patch_tensor(tensor, scope, original=interpreter._patch_lang_tensor):
-        original(tensor, scope)
-        scope.set_attr(tensor, '__index__', lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_tensor
+    mend_interpreter()
 
 
 def conv_arguments(shape, dtype=torch.float32):

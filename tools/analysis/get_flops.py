@@ -144,13 +144,11 @@ def counting():
         return torch.empty_like(value)
 
     def look(module, inputs, output):
-        # The convolutions of these two are functions, which no hook sees.
+        # Its convolutions are one function, which no hook sees.
         if isinstance(module, ConvFFN):
             hidden = output.numel() // output.shape[1] * module.fc1.out_channels
             tally['residual 3x3 depthwise'] += 9 * hidden
             tally['bias'] += hidden + output.numel()
-        elif isinstance(module, blocks.Fusion):
-            tally['bias'] += inputs[0].numel()
         elif isinstance(module, ResDWConv):
             tally['residual 3x3 depthwise'] += output.numel() * module.weight[0].numel()
         elif isinstance(module, nn.Conv2d) and module.bias is not None:

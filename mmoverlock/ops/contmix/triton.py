@@ -11,7 +11,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..triton_common import HALF, on, power_of_two, refuse_tensors
+from ..triton_common import HALF, definition_gradients, differentiated_again, on, power_of_two, refuse_tensors
 from . import shared
 from .reference import contmix_reference
 from .sizes import Sizes
@@ -273,14 +273,10 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor, _) -> Tuple[Optional[Tensor], ...]:
     *inputs, lse = ctx.saved_tensors
-    needed = ctx.needs_input_grad[:7]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # The gradients are to be differentiated again (create_graph=True): those of the definition can be.
-        wanted = [t for t, need in zip(inputs, needed) if need]
-        found = iter(torch.autograd.grad(contmix_reference(*inputs), wanted, grad, create_graph=True))
-        return (*(next(found) if need else None for need in needed), None)
+    if differentiated_again():
+        return (*definition_gradients(contmix_reference(*inputs), inputs, grad), None)
     grads = torch.ops.mmoverlock.contmix_backward(grad, *inputs, lse)
-    return (*(g if need else None for g, need in zip(grads, needed)), None)
+    return (*(g if need else None for g, need in zip(grads, ctx.needs_input_grad)), None)
 
 
 _contmix.register_autograd(_backward, setup_context=_save)

@@ -9,8 +9,8 @@ from .implicit_gemm import depthwise_conv2d_implicit_gemm
 from .implicit_gemm import refuse as refuse_implicit_gemm
 from .norm import norm_branches_reference, norm_branches_triton
 from .norm import refuse as refuse_norm_branches
-from .reference import depthwise_conv2d_reference
-from .small import conv3x3_reference, conv3x3_triton
+from .reference import conv3x3_reference, depthwise_conv2d_reference
+from .small import conv3x3_triton
 from .small import refuse as refuse_small
 from .triton import depthwise_conv2d_branches_triton, depthwise_conv2d_triton, refuse_branches
 from .triton import refuse as refuse_triton

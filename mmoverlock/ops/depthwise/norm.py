@@ -9,9 +9,9 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..triton_common import on, power_of_two
+from ..triton_common import compute_input, definition_gradients, differentiated_again, on, power_of_two
 from .reference import depthwise_conv2d_reference
-from .triton import _input, _launch_conv, _launch_weight_grad, refuse_branches
+from .triton import _launch_conv, _launch_weight_grad, refuse_branches
 
 _PROGRAMS = 1056  # to aim at where the batch is summed in parts
 
@@ -47,10 +47,10 @@ def norm_branches_triton(x, weights, dilations, gammas, betas, eps) -> Tuple[Ten
 
     Computes in the type of ``x``, or in that of autocast. Sums, statistics and what is between them are float32.
     """
-    found = torch.ops.mmoverlock.depthwise_conv2d_norm_branches(
-        _input(x), list(weights), list(dilations), list(gammas), list(betas), list(eps)
+    out, mean, var, _ = torch.ops.mmoverlock.depthwise_conv2d_norm_branches(
+        compute_input(x, torch.contiguous_format), *map(list, (weights, dilations, gammas, betas, eps))
     )
-    return found[0], found[1], found[2]
+    return out, mean, var
 
 
 @lru_cache(maxsize=1024)
@@ -175,12 +175,9 @@ def _backward(ctx, grads: List[Optional[Tensor]]):
     x, y, mean, var, *parameters = ctx.saved_tensors
     count = len(ctx.dilations)
     weights, gammas, betas = (parameters[i * count : (i + 1) * count] for i in range(3))
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # The gradients are to be differentiated again (create_graph=True): those of the definition can be.
+    if differentiated_again():
         out, _, _ = norm_branches_reference(x, weights, ctx.dilations, gammas, betas, ctx.eps)
-        wanted = [t for t in (x, *parameters) if t.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
-        dx, *rest = (next(found) if t.requires_grad else None for t in (x, *parameters))
+        dx, *rest = definition_gradients(out, (x, *parameters), grads[0])
     else:
         # The layout is chosen here, where torch.compile can make it part of what computes the gradient.
         *rest, last = torch.ops.mmoverlock.depthwise_conv2d_norm_branches_backward(

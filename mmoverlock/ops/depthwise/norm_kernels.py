@@ -55,6 +55,18 @@ def branch_sums_kernel(
     tl.store(at + NB * C, tl.sum(two, 1))
 
 
+@triton.jit
+def _totals(sums, at, known, C, SPLITS, NB: tl.constexpr, BC: tl.constexpr):
+    """What ``branch_sums_kernel`` wrote for these branches and channels, over all splits."""
+    one = tl.zeros((NB, BC), dtype=tl.float32)
+    two = tl.zeros((NB, BC), dtype=tl.float32)
+    for split in range(0, SPLITS):
+        place = sums + split * 2 * NB * C + at
+        one += tl.load(place, mask=known, other=0.0)
+        two += tl.load(place + NB * C, mask=known, other=0.0)
+    return one, two
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def branch_statistics_kernel(
     y, sums, gamma, beta, eps, mean, var, factor, shift, C, HWV, FAR, SPLITS, COUNT,
@@ -65,12 +77,7 @@ def branch_statistics_kernel(
     n = tl.arange(0, NB)
     known = (n < N)[:, None] & (c < C)[None, :]
     at = n[:, None] * C + c[None, :]
-    one = tl.zeros((NB, BC), dtype=tl.float32)
-    two = tl.zeros((NB, BC), dtype=tl.float32)
-    for split in range(0, SPLITS):
-        place = sums + split * 2 * NB * C + at
-        one += tl.load(place, mask=known, other=0.0)
-        two += tl.load(place + NB * C, mask=known, other=0.0)
+    one, two = _totals(sums, at, known, C, SPLITS, NB, BC)
     first = tl.load(y + n.to(tl.int64)[:, None] * FAR + c[None, :] * (HWV * V), mask=known, other=0.0).to(tl.float32)
     one /= COUNT
     centre = first + one
@@ -120,12 +127,7 @@ def branch_slopes_kernel(
     n = tl.arange(0, NB)
     known = (n < N)[:, None] & (c < C)[None, :]
     at = n[:, None] * C + c[None, :]
-    one = tl.zeros((NB, BC), dtype=tl.float32)
-    two = tl.zeros((NB, BC), dtype=tl.float32)
-    for split in range(0, SPLITS):
-        place = sums + split * 2 * NB * C + at
-        one += tl.load(place, mask=known, other=0.0)
-        two += tl.load(place + NB * C, mask=known, other=0.0)
+    one, two = _totals(sums, at, known, C, SPLITS, NB, BC)
     inverse = 1.0 / tl.sqrt(tl.load(var + at, mask=known, other=1.0) + tl.load(eps + n, mask=n < N, other=1.0)[:, None])
     direct = tl.load(gamma + at, mask=known, other=0.0).to(tl.float32) * inverse
     own = -direct * inverse * inverse * two / COUNT

@@ -11,3 +11,9 @@ def depthwise_conv2d_reference(x: Tensor, weight: Tensor, bias: Optional[Tensor]
     padding = dilation * (weight.shape[-1] - 1) // 2
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
+
+
+def conv3x3_reference(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
+    """Arguments as :func:`mmoverlock.ops.depthwise_conv3x3`."""
+    out = F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
+    return x + out if residual else out

@@ -5,10 +5,17 @@ from functools import lru_cache
 from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..triton_common import on, power_of_two, refuse_tensors
+from ..triton_common import (
+    compute_input,
+    definition_gradients,
+    differentiated_again,
+    on,
+    power_of_two,
+    refuse_tensors,
+)
+from .reference import conv3x3_reference
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,6 @@ class Tuning:
 TUNING = Tuning()
 
 
-def conv3x3_reference(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
-    """Arguments as :func:`mmoverlock.ops.depthwise_conv3x3`."""
-    out = F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
-    return x + out if residual else out
-
-
 def refuse(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Optional[str]:
     """Why the kernels cannot serve the call, or None."""
     tensors = dict(x=x, weight=weight)
@@ -54,15 +55,8 @@ def conv3x3_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: 
     Computes in the type of ``x``, or in that of autocast, with sums in float32.
     ``weight`` and ``bias`` are not rounded.
     """
-    return torch.ops.mmoverlock.depthwise_conv3x3(channels_last_input(x), weight, bias, residual)
-
-
-def channels_last_input(x: Tensor) -> Tensor:
-    """``x`` in channels-last format and in the type to compute in."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    return x.contiguous(memory_format=torch.channels_last)
+    x = compute_input(x, torch.channels_last)
+    return torch.ops.mmoverlock.depthwise_conv3x3(x, weight, bias, residual)
 
 
 @lru_cache(maxsize=1024)
@@ -160,12 +154,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     x, weight, bias = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # The gradients are to be differentiated again (create_graph=True): those of the definition can be.
+    if differentiated_again():
         given = x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        inputs = [t for t, need in zip((x, weight, bias), ctx.needs_input_grad) if need]
-        found = iter(torch.autograd.grad(conv3x3_reference(*given, ctx.residual), inputs, grad, create_graph=True))
-        return (*(next(found) if need else None for need in ctx.needs_input_grad[:3]), None)
+        return (*definition_gradients(conv3x3_reference(*given, ctx.residual), (x, weight, bias), grad), None)
     # The layout is chosen here, where torch.compile can make it part of what computes the gradient.
     grad = grad.contiguous(memory_format=torch.channels_last)
     dx, taps = torch.ops.mmoverlock.depthwise_conv3x3_backward(grad, x, weight, ctx.residual)

@@ -41,6 +41,15 @@ def _place(C, H, W, ROWS, STRIPS, LANES, BW: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
+def _columns(w, W, known):
+    """Whether the columns left of, at and right of these are in the map, for the channels that are known."""
+    here = (w < W)[:, None] & known[None, :]
+    left = ((w >= 1) & (w - 1 < W))[:, None] & known[None, :]
+    right = (w + 1 < W)[:, None] & known[None, :]
+    return left, here, right
+
+
+@triton.jit
 def gelu_parts(h):
     """The share of ``h`` that GELU lets through, and its density: GELU is h p, its derivative p + h d.
 
@@ -84,9 +93,7 @@ def depthwise3_forward_kernel(
     shift = tl.zeros((BC,), dtype=tl.float32)
     if BIAS:
         shift = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
-    here = (w < W)[:, None] & known[None, :]
-    left = ((w >= 1) & (w - 1 < W))[:, None] & known[None, :]
-    right = (w + 1 < W)[:, None] & known[None, :]
+    left, here, right = _columns(w, W, known)
     stride = (W * C).to(tl.int64)
     start = image * H * stride
     at = w[:, None] * C + c[None, :]
@@ -137,9 +144,7 @@ def depthwise3_backward_kernel(
     if GRN:
         s = tl.load(scale + image * C + c, mask=known, other=0.0)[None, :]
         t = tl.load(slope + image * C + c, mask=known, other=0.0)[None, :]
-    here = (w < W)[:, None] & known[None, :]
-    left = ((w >= 1) & (w - 1 < W))[:, None] & known[None, :]
-    right = (w + 1 < W)[:, None] & known[None, :]
+    left, here, right = _columns(w, W, known)
     stride = (W * C).to(tl.int64)
     start = image * H * stride
     at = w[:, None] * C + c[None, :]

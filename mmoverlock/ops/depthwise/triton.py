@@ -13,7 +13,15 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..triton_common import HALF, on, power_of_two, refuse_tensors
+from ..triton_common import (
+    HALF,
+    compute_input,
+    definition_gradients,
+    differentiated_again,
+    on,
+    power_of_two,
+    refuse_tensors,
+)
 from .reference import depthwise_conv2d_reference
 
 _MAX_COLUMNS = 128  # of an input window: more would not fit on chip beside their band
@@ -81,7 +89,9 @@ def depthwise_conv2d_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], d
     Computes in the type of ``x``, or in that of autocast, with sums in float32; ``weight`` and ``bias`` may be of
     another type and are rounded on the way. A value that is not finite may reach all outputs within 32 pixels of it.
     """
-    return torch.ops.mmoverlock.depthwise_conv2d(_input(x), weight, bias, dilation, False)
+    return torch.ops.mmoverlock.depthwise_conv2d(
+        compute_input(x, torch.contiguous_format), weight, bias, dilation, False
+    )
 
 
 def depthwise_conv2d_branches_triton(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> List[Tensor]:
@@ -89,15 +99,8 @@ def depthwise_conv2d_branches_triton(x: Tensor, weights: Sequence[Tensor], dilat
 
     One call from Python each way instead of one a branch, and the gradients of ``x`` are added up in the kernels.
     """
-    return torch.ops.mmoverlock.depthwise_conv2d_branches(_input(x), list(weights), list(dilations))
-
-
-def _input(x: Tensor) -> Tensor:
-    """``x`` contiguous, in the type to compute in."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    return x.contiguous()
+    x = compute_input(x, torch.contiguous_format)
+    return torch.ops.mmoverlock.depthwise_conv2d_branches(x, list(weights), list(dilations))
 
 
 @dataclass(frozen=True)
@@ -310,13 +313,9 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     x, weight, bias = ctx.saved_tensors
     dilation, needed = ctx.dilation, ctx.needs_input_grad[:3]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # The gradients are to be differentiated again (create_graph=True): those of the definition can be.
-        inputs = (x, weight, bias)
+    if differentiated_again():
         out = depthwise_conv2d_reference(x, weight.flip(2, 3) if ctx.flip else weight, bias, dilation)
-        wanted = [t for t, need in zip(inputs, needed) if need]
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-        return (*(next(found) if need else None for need in needed), None, None)
+        return (*definition_gradients(out, (x, weight, bias), grad), None, None)
     dx = dweight = dbias = None
     if needed[0]:
         dx = torch.ops.mmoverlock.depthwise_conv2d(grad.contiguous(), weight, None, dilation, not ctx.flip)
@@ -382,12 +381,9 @@ def _branches_backward(ctx, grads: List[Optional[Tensor]]):
     x, *weights = ctx.saved_tensors
     input_grad, weight_grads = ctx.needed
     grads = [torch.zeros_like(x) if grad is None else grad for grad in grads]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # The gradients are to be differentiated again (create_graph=True): those of the definition can be.
+    if differentiated_again():
         outs = [depthwise_conv2d_reference(x, w, None, d) for w, d in zip(weights, ctx.dilations)]
-        wanted = [t for t in (x, *weights) if t.requires_grad]
-        found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=True))
-        dx, *dweights = (next(found) if t.requires_grad else None for t in (x, *weights))
+        dx, *dweights = definition_gradients(outs, (x, *weights), grads)
         return dx, dweights, None
     found = torch.ops.mmoverlock.depthwise_conv2d_branches_backward(
         [grad.contiguous() for grad in grads], x, weights, ctx.dilations, input_grad, weight_grads

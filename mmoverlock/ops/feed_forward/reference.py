@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..affine import affine
+from ..depthwise.reference import conv3x3_reference
 
 
 def grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
@@ -39,7 +40,5 @@ def feed_forward_reference(
 ) -> Tensor:
     """Arguments as :func:`mmoverlock.ops.feed_forward`."""
     h = F.gelu(F.conv2d(x, weight1, bias1))
-    y = F.conv2d(h, dw_weight, dw_bias, padding=1, groups=h.shape[1])
-    if residual:
-        y = h + y
+    y = conv3x3_reference(h, dw_weight, dw_bias, residual)
     return F.conv2d(grn(y, gamma, beta, eps), weight2, bias2)

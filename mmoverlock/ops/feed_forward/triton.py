@@ -11,8 +11,16 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..depthwise.small import channels_last_input, launch_backward, launch_forward
-from ..triton_common import HALF, on, power_of_two, refuse_tensors
+from ..depthwise.small import launch_backward, launch_forward
+from ..triton_common import (
+    HALF,
+    compute_input,
+    definition_gradients,
+    differentiated_again,
+    on,
+    power_of_two,
+    refuse_tensors,
+)
 from .reference import feed_forward_reference
 
 
@@ -55,7 +63,7 @@ def feed_forward_triton(x: Tensor, *args) -> Tensor:
     Computes in the type of ``x``, or in that of autocast, with sums in float32.
     """
     *parameters, eps, residual = args
-    x = channels_last_input(x)
+    x = compute_input(x, torch.channels_last)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
     return torch.ops.mmoverlock.feed_forward(x, *parameters, eps, residual, keep)[0]
 
@@ -190,12 +198,9 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grads: List[Optional[Tensor]]) -> Tuple[Optional[Tensor], ...]:
     *inputs, given, y, scale, norm = ctx.saved_tensors
     nothing = (None, None, None)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # The gradients are to be differentiated again (create_graph=True): those of the definition can be.
+    if differentiated_again():
         out = feed_forward_reference(*(t.to(inputs[0].dtype) for t in inputs), ctx.eps, ctx.residual)
-        wanted = [t for t in inputs if t.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
-        return (*(next(found) if t.requires_grad else None for t in inputs), *nothing)
+        return (*definition_gradients(out, inputs, grads[0]), *nothing)
     # The layout is chosen here, where torch.compile can make it part of what computes the gradient.
     grad = grads[0].contiguous(memory_format=torch.channels_last)
     input_grad = ctx.needs_input_grad[0]
