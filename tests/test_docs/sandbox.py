@@ -321,6 +321,9 @@ def provide_released(config):
         return
     from mmengine.config import Config
 
+    from mmoverlock import compat
+
+    compat.find_mmseg_configs()
     for url in set(re.findall(r'https://\S+?\.pth', Config.fromfile(config).pretty_text)):
         path = os.path.join(os.environ['TORCH_HOME'], 'hub/checkpoints', os.path.basename(url))
         provide(path, [])
