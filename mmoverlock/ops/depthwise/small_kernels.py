@@ -1,10 +1,16 @@
 """Triton kernels of the depthwise 3x3 convolution on channels-last maps, and of what can ride along with it.
 
-A program walks down the rows of a strip, BW columns of BC channels at a time. Every row is loaded once for each of the
-three columns a tap may stand in (the second and third time from the cache) and added to the three rows of the output
-that it is part of; two rows of sums travel with the loop. Sums are float32.
+A program walks down the rows of a strip and adds every row to the three rows of the output that it is part of; two rows
+of sums travel with the loop. Sums are float32.
 
-Names: B, C, H, W sizes of the map; ROWS of a strip; LANES, the tiles beside each other in a row.
+Forward, a thread owns N neighbouring columns of a few channels, so that it loads and converts N + 2 values for N
+outputs. Columns are separate tensors, in tuples: Triton lets a program choose what a thread owns in no other way. The
+next row is on its way while one is added, and what lies above and below the map is left to the first and the last row,
+so that the loop's only borders are those of columns. Backward, a tile has BW columns, and every row is loaded once for
+each of the three columns a tap may stand in (the second and third time from the cache).
+
+Names: B, C, H, W sizes of the map; ROWS of a strip; LANES, the tiles beside each other in a row; BC channels of a
+program; G groups of N columns, WHOLE: N divides W, so that a group is inside the map or outside it.
 """
 
 import os
@@ -28,13 +34,16 @@ def _taps(weight, c, valid, dy: tl.constexpr):
 
 
 @triton.jit
-def _place(C, H, W, ROWS, STRIPS, LANES, BW: tl.constexpr, BC: tl.constexpr):
-    """What a program works on: image, first row, one after the last, columns, channels; channels vary fastest."""
+def _place(C, H, W, ROWS, STRIPS, LANES, BW: tl.constexpr, BC: tl.constexpr, N: tl.constexpr = 1):
+    """What a program works on: image, first row, one after the last, columns, of which every N-th, and channels.
+
+    Channels vary fastest.
+    """
     pid = tl.program_id(0)
     blocks = tl.cdiv(C, BC)
     c = pid % blocks * BC + tl.arange(0, BC)
     pid = pid // blocks
-    w = pid % LANES * BW + tl.arange(0, BW)
+    w = (pid % LANES * BW + tl.arange(0, BW)) * N
     pid = pid // LANES
     top = pid % STRIPS * ROWS
     return pid // STRIPS, top, tl.minimum(top + ROWS, H), w, c
@@ -72,51 +81,111 @@ def gelu_parts(h):
     return tl.where(h < 0, tail, 1.0 - tail), 0.3989422804014327 * bell
 
 
+@triton.jit
+def _masks(w, W, known, N: tl.constexpr, WHOLE: tl.constexpr):
+    """Whether the column left of the N, each of them, and the one right of them are in the map."""
+    masks = (((w >= 1) & (w - 1 < W))[:, None] & known[None, :],)
+    first = (w < W)[:, None] & known[None, :]
+    for n in tl.static_range(N):
+        masks += (first if WHOLE else (w + n < W)[:, None] & known[None, :],)
+    return masks + ((w + N < W)[:, None] & known[None, :],)
+
+
+@triton.jit
+def _load(at, C, masks, N: tl.constexpr):
+    """The N columns of a row and one on either side."""
+    values = ()
+    for n in tl.static_range(N + 2):
+        values += (tl.load(at + (n - 1) * C, mask=masks[n], other=0.0),)
+    return values
+
+
+@triton.jit
+def _floats(values, N: tl.constexpr):
+    found = ()
+    for n in tl.static_range(N + 2):
+        found += (values[n].to(tl.float32),)
+    return found
+
+
+@triton.jit
+def _add_row(sums, left, centre, right, x, N: tl.constexpr):
+    """The sums and what one row of the kernel makes of one row of the map."""
+    found = ()
+    for n in tl.static_range(N):
+        found += (sums[n] + left * x[n] + centre * x[n + 1] + right * x[n + 2],)
+    return found
+
+
+@triton.jit
+def _finish(at, C, sums, total, masks, N: tl.constexpr, WHOLE: tl.constexpr, SQUARES: tl.constexpr):
+    """Stores a row; returns ``total`` with its squares, with WHOLE those of groups outside the map, too."""
+    for n in tl.static_range(N):
+        tl.store(at + n * C, sums[n].to(at.dtype.element_ty), mask=masks[n + 1])
+        if SQUARES:
+            total += sums[n] * sums[n] if WHOLE else tl.where(masks[n + 1], sums[n] * sums[n], 0.0)
+    return total
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def depthwise3_forward_kernel(
     x, weight, bias, out, squares, C, H, W, ROWS, STRIPS, LANES,
-    V: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
-    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SQUARES: tl.constexpr, STAGES: tl.constexpr,
+    V: tl.constexpr, N: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
     """out = conv(x), RESIDUAL: + x. C counts vectors of V channels.
 
-    SQUARES: the strip's sum of the squares of ``out`` for every channel goes to squares[B, STRIPS * LANES, C].
+    SQUARES: the strip's sum of the squares of ``out``, before it is rounded, for every channel goes to
+    squares[B, STRIPS * LANES, C].
     """
     C = C * V
-    image, top, bottom, w, c = _place(C, H, W, ROWS, STRIPS, LANES, BW, BC)
+    image, top, bottom, w, c = _place(C, H, W, ROWS, STRIPS, LANES, G, BC, N)
     known = c < C
     a0, a1, a2 = _taps(weight, c, known, 0)
     b0, b1, b2 = _taps(weight, c, known, 1)
     c0, c1, c2 = _taps(weight, c, known, 2)
     if RESIDUAL:
         b1 += 1.0
-    shift = tl.zeros((BC,), dtype=tl.float32)
+    zeros = tl.zeros((G, BC), dtype=tl.float32)
+    shift = zeros
     if BIAS:
-        shift = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
-    left, here, right = _columns(w, W, known)
+        shift += tl.load(bias + c, mask=known, other=0.0).to(tl.float32)[None, :]
+    masks = _masks(w, W, known, N, WHOLE)
     stride = (W * C).to(tl.int64)
-    start = image * H * stride
     at = w[:, None] * C + c[None, :]
+    x += image * H * stride
+    out += image * H * stride
+    last = tl.minimum(bottom, H - 1)  # of the rows that are needed
 
-    above = tl.zeros((BW, BC), dtype=tl.float32) + shift[None, :]  # sums of the row above the one that is read
-    level = above
-    total = tl.zeros((BW, BC), dtype=tl.float32)
-    for row in tl.range(top - 1, bottom + 1, num_stages=STAGES):
-        inside = (row >= 0) & (row < H)
-        line = start + row * stride
-        x0 = tl.load(x + line + at - C, mask=left & inside, other=0.0).to(tl.float32)
-        x1 = tl.load(x + line + at, mask=here & inside, other=0.0).to(tl.float32)
-        x2 = tl.load(x + line + at + C, mask=right & inside, other=0.0).to(tl.float32)
-        above += c0 * x0 + c1 * x1 + c2 * x2
-        value = above.to(out.dtype.element_ty)
-        mine = here & (row > top)
-        tl.store(out + line - stride + at, value, mask=mine)
-        if SQUARES:
-            value = tl.where(mine, value.to(tl.float32), 0.0)
-            total += value * value
-        above = level + b0 * x0 + b1 * x1 + b2 * x2
-        level = shift[None, :] + a0 * x0 + a1 * x1 + a2 * x2
+    before = ()
+    for n in tl.static_range(N + 2):
+        before += (tl.load(x + (top - 1) * stride + at + (n - 1) * C, mask=masks[n] & (top > 0), other=0.0),)
+    row = _load(x + top * stride + at, C, masks, N)
+    ahead = _load(x + tl.minimum(top + 1, last) * stride + at, C, masks, N)
+    start = ()
+    for _ in tl.static_range(N):
+        start += (shift,)
+    level = _add_row(start, a0, a1, a2, _floats(before, N), N)
+    values = _floats(row, N)
+    above = _add_row(level, b0, b1, b2, values, N)  # sums of the row above the one that comes next
+    level = _add_row(start, a0, a1, a2, values, N)  # and of that one
+    total = zeros
+    for r in tl.range(top + 1, bottom, num_stages=1):
+        values = _floats(ahead, N)
+        ahead = _load(x + tl.minimum(r + 1, last) * stride + at, C, masks, N)
+        above = _add_row(above, c0, c1, c2, values, N)
+        total = _finish(out + (r - 1) * stride + at, C, above, total, masks, N, WHOLE, SQUARES)
+        above = _add_row(level, b0, b1, b2, values, N)
+        level = _add_row(start, a0, a1, a2, values, N)
+    # The row below the strip, or nothing.
+    values = _floats(ahead, N)
+    inside = bottom < H
+    c0, c1, c2 = tl.where(inside, c0, 0.0), tl.where(inside, c1, 0.0), tl.where(inside, c2, 0.0)
+    above = _add_row(above, c0, c1, c2, values, N)
+    total = _finish(out + (bottom - 1) * stride + at, C, above, total, masks, N, WHOLE, SQUARES)
     if SQUARES:
+        if WHOLE:
+            total = tl.where(masks[1], total, 0.0)
         part = tl.program_id(0) // tl.cdiv(C, BC)
         tl.store(squares + part.to(tl.int64) * C + c, tl.sum(total, 0), mask=known)
 

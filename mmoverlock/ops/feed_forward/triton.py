@@ -110,12 +110,16 @@ def _feed_forward(
         )
         y, squares = launch_forward(active, dw_weight, dw_bias, residual, True)
         scale, norm = (x.new_empty((batch, hidden), dtype=torch.float32) for _ in range(2))
-        grn_scale_kernel[(batch,)](squares, gamma, scale, norm, squares.shape[1], hidden, eps, BE=power_of_two(hidden))
+        rounded = x.new_empty((batch, hidden))
+        grn_scale_kernel[(batch,)](
+            squares, gamma, scale, rounded, norm, squares.shape[1], hidden, eps, BE=power_of_two(hidden)
+        )
         out = _channels_last(x, channels_out)
         tiles = _tiles(TUNING.project, pixels, channels_out, x.dtype)
         ffn_project_kernel[(batch * -(-pixels // tiles['BM']) * -(-channels_out // tiles['BN']),)](
-            y, scale, beta, weight2, bias2, out, pixels, hidden // 8, channels_out // 8, **tiles
-        )
+            y, rounded, beta.to(x.dtype), weight2, bias2, out, pixels, hidden // 8, channels_out // 8, **tiles,
+            WHOLE=hidden % tiles['BK'] == 0,
+        )  # fmt: skip
     return [out, given, y, scale, norm] if keep else [out]
 
 

@@ -46,8 +46,11 @@ def ffn_expand_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def grn_scale_kernel(squares, gamma, scale, norm, PARTS, E, eps, BE: tl.constexpr):
-    """From the shares of the sums of squares, [B, PARTS, E], the norm of every channel and what it is scaled with."""
+def grn_scale_kernel(squares, gamma, scale, rounded, norm, PARTS, E, eps, BE: tl.constexpr):
+    """From the shares of the sums of squares, [B, PARTS, E], the norm of every channel and what it is scaled with.
+
+    ``rounded`` gets the latter in its own type.
+    """
     image = tl.program_id(0)
     e = tl.arange(0, BE)
     total = tl.zeros((BE,), dtype=tl.float32)
@@ -57,6 +60,7 @@ def grn_scale_kernel(squares, gamma, scale, norm, PARTS, E, eps, BE: tl.constexp
     mean = tl.sum(response, 0) / E
     factor = tl.load(gamma + e, mask=e < E, other=0.0).to(tl.float32) * (response / (mean + eps)) + 1.0
     tl.store(scale + image * E + e, factor, mask=e < E)
+    tl.store(rounded + image * E + e, factor.to(rounded.dtype.element_ty), mask=e < E)
     tl.store(norm + image * E + e, response, mask=e < E)
 
 
@@ -64,8 +68,13 @@ def grn_scale_kernel(squares, gamma, scale, norm, PARTS, E, eps, BE: tl.constexp
 def ffn_project_kernel(
     y, scale, shift, weight, bias, out, PIXELS, E, F,
     V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """out = (scale[image] y + shift) weightᵀ + bias; a program's rows are of one image."""
+    """out = (scale[image] y + shift) weightᵀ + bias; a program's rows are of one image.
+
+    Scale and shift are of the type of y, as the definition rounds them: half precision is scaled in pairs. What is
+    beyond the last row or column is another one again, which is not stored and needs no mask. WHOLE: BK divides E.
+    """
     E, F = E * V, F * V
     columns, tiles = tl.cdiv(F, BN), tl.cdiv(PIXELS, BM)
     pid = tl.program_id(0)
@@ -74,19 +83,29 @@ def ffn_project_kernel(
     image = pid // tiles
     m = pid % tiles * BM + tl.arange(0, BM)
     k = tl.arange(0, BK)
-    rows = (image.to(tl.int64) * PIXELS + m)[:, None]
-    inside = (m < PIXELS)[:, None]
+    first_row = image.to(tl.int64) * PIXELS
+    a_at = y + (first_row + tl.minimum(m, PIXELS - 1))[:, None] * E + k[None, :]
+    # Columns beyond the last are the first ones, as all programs would ask for the last one's at once.
+    b_at = weight + tl.where(n < F, n, n - F)[None, :] * E + k[:, None]
+    s_at = scale + image * E + k
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for first in range(0, E, BK):
-        e = first + k
-        a = tl.load(y + rows * E + e[None, :], mask=inside & (e < E)[None, :], other=0.0)
-        s = tl.load(scale + image * E + e, mask=e < E, other=0.0)
-        t = tl.load(shift + e, mask=e < E, other=0.0).to(tl.float32)
-        a = (a.to(tl.float32) * s[None, :] + t[None, :]).to(y.dtype.element_ty)
-        b = tl.load(weight + n[None, :] * E + e[:, None], mask=(n < F)[None, :] & (e < E)[:, None], other=0.0)
+        if WHOLE:
+            a = tl.load(a_at + first)
+            b = tl.load(b_at + first)
+            s = tl.load(s_at + first)
+            t = tl.load(shift + first + k)
+        else:
+            known = first + k < E
+            a = tl.load(a_at + first, mask=known[None, :], other=0.0)
+            b = tl.load(b_at + first, mask=known[:, None], other=0.0)
+            s = tl.load(s_at + first, mask=known, other=0.0)
+            t = tl.load(shift + first + k, mask=known, other=0.0)
+        a = a * s[None, :] + t[None, :]
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     acc += tl.load(bias + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + rows * F + n[None, :], acc.to(out.dtype.element_ty), mask=inside & (n < F)[None, :])
+    at = (first_row + m)[:, None] * F + n[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(m < PIXELS)[:, None] & (n < F)[None, :])
 
 
 @triton.jit(do_not_specialize=_SIZES)
