@@ -69,6 +69,7 @@ SHAPES = [
     (1, 2, 3, 5, 6, 3, 5, 6, 5),  # two windows
     (2, 1, 17, 6, 6, 1, 5, 1, 2),  # four windows, a window of one pixel, more than 16 channels
     (1, 1, 2, 9, 9, 5, 9, 4, 3),  # more positions of a window than a tile, more logits than are taken at once
+    (1, 1, 2, 13, 13, 1, 13, 2, 1),  # small windows that reach more cells than are taken at once
     (1, 3, 3, 5, 17, 3, 5, 6, 5),  # H is the window, one pixel more than a tile
     (2, 1, 17, 7, 5, 1, 5, 1, 2),  # W is the window, one cell, a window of one pixel, more than 16 channels
     (1, 1, 2, 10, 9, 5, 9, 4, 3),  # more than eight rows in a window
@@ -87,11 +88,12 @@ def test_equals_definition(shape):
     assert max(errors(arguments(*shape))) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize('width', [6, 7])  # shared windows, and the general kernels
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_half_precision(dtype):
+def test_half_precision(dtype, width):
     if INTERPRETED and dtype is torch.bfloat16:
         pytest.skip('Triton 3.6 interprets products of bfloat16 as products of integers')
-    found = errors(arguments(1, 2, 4, 5, 7, 3, 5, 6, 4, dtype=dtype))
+    found = errors(arguments(1, 2, 4, 5, width, 3, 5, 6, 4, dtype=dtype))
     assert max(found) < TOLERANCE[dtype], found
 
 
@@ -142,19 +144,16 @@ def test_products_of_one_chunk_at_a_time(monkeypatch):
     from mmoverlock.ops.contmix import shared
 
     args = arguments(3, 1, 2, 4, 3, 1, 3, 4, 2)
-    columns = sum(shared.Plan.of(args[0], args[4], args[5], args[6]).padded)
-    made, matmul = [], torch.matmul
+    made, products = [], shared._products
 
-    def counted(a, b):
-        if b.shape[-1] == columns:
-            assert all(product() is None for product in made)
-        out = matmul(a, b)
-        if b.shape[-1] == columns:
-            made.append(weakref.ref(out))
+    def counted(*inputs):
+        assert all(product() is None for product in made)
+        out = products(*inputs)
+        made.append(weakref.ref(out))
         return out
 
     monkeypatch.setattr(shared, 'TUNING', dataclasses.replace(shared.TUNING, share=0.0, sums=0.0, floor=1))
-    monkeypatch.setattr(torch, 'matmul', counted)
+    monkeypatch.setattr(shared, '_products', counted)
     torch.autograd.grad(fused(*args), args, torch.randn_like(args[-1]))
     assert len(made) == 6  # three each way
 
@@ -168,7 +167,8 @@ def test_shared_windows_with_the_batch_in_chunks(monkeypatch):
     cotangent = torch.randn_like(args[-1])
     whole = torch.autograd.grad(fused(*args), args, cotangent)
     plan = shared.Plan.of(args[0], args[4], args[5], args[6])
-    for floor, chunk, splits in ((3 * plan.logits_bytes, 3, 1), (2 * 4 * 2 * sum(plan.padded), 2, 1), (0, 1, 1)):
+    one = 4 * plan.padded_dim * sum(plan.padded)  # bytes of the products of one batch element
+    for floor, chunk, splits in ((3 * one, 3, 2), (2 * one, 2, 1), (0, 1, 1)):
         monkeypatch.setattr(
             shared, 'TUNING', dataclasses.replace(shared.TUNING, share=0.0, sums=0.0, floor=max(floor, 1))
         )

@@ -314,8 +314,13 @@ def profile(cases, dtype=torch.float16):
 TRIALS = [dict(warps=(w, w, w)) for w in (1, 2, 4, 8, 16)]
 TRIALS += [dict(warps=(w, w, w), rows=r) for w in (1, 2, 4) for r in (2, 4, 8)]
 TRIALS += [dict(warps=(4, 8, 4), rows=8, columns=16), dict(programs=256), dict(programs=1024)]
-SHARED_TRIALS = [dict(), dict(warps=8), dict(narrow=64), dict(logits=128), dict(logits=128, warps=8), dict(cells=128)]
-SHARED_TRIALS += [dict(positions=128, warps=8), dict(positions=128), dict(share=0.1, sums=0.05), dict(sums=0.05)]
+SHARED_KERNELS = ('forward', 'query', 'value', 'table', 'product')
+SHARED_TRIALS = [dict()] + [
+    dict.fromkeys(SHARED_KERNELS, (columns, warps, registers))
+    for columns in (32, 64)
+    for warps, registers in ((4, 0), (4, 168), (4, 128), (8, 0), (8, 128))
+]
+SHARED_TRIALS += [dict(cells=32), dict(share=0.024), dict(share=1.0), dict(sums=0.02), dict(sums=0.04)]
 
 
 def _kind(shape):
@@ -388,6 +393,9 @@ def plot(rows, path):
     figure.savefig(path, dpi=110, bbox_inches='tight')
 
 
+HALVES = ('q', 'v', 'g', 'out', 'dq', 'dv', 'key', 'dkey')
+
+
 def resources(cases, capability=90):
     """Compiles the kernels for a GPU that need not be there; prints registers, local memory, instructions, loops."""
     import triton
@@ -402,16 +410,14 @@ def resources(cases, capability=90):
     for name, shape in cases.items():
         batch, groups, dim, height, width, small, large, _, channels = shape
         if shared.takes(height, width, large):
-            module, warps = shared_kernels, [shared.TUNING.warps] * 5
-            kernels = [
-                f'contmix_shared_{k}_kernel'
-                for k in ('forward', 'query_grad', 'value_grad', 'table_grad', 'product_grad')
-            ]
-            known = shared.Plan(batch, groups, height, width, dim, channels, (small, large)).constants(
-                True, torch.empty(1, 1)
-            )
-            known = {k: v for k, v in known.items() if not k.startswith('num_')}
-            constants = [dict(known, BN=shared.TUNING.narrow if n < 2 else known['BN']) for n in range(5)]
+            module = shared_kernels
+            plan = shared.Plan(batch, groups, height, width, dim, channels, (small, large))
+            names = dict(forward='forward', query='query_grad', value='value_grad', table='table_grad')
+            names['product'] = 'product_grad'
+            constants = [plan.constants(k, True, torch.empty(1, 1)) for k in names]
+            constants += [plan.key_constants(16, True), plan.key_constants(32, True)]
+            kernels = [f'contmix_shared_{k}_kernel' for k in (*names.values(), 'product', 'key_grad')]
+            warps = [known['num_warps'] for known in constants]
         else:
             module, warps = triton_kernels, fused.TUNING.warps
             kernels = ['contmix_forward_kernel', 'contmix_query_grad_kernel', 'contmix_value_grad_kernel']
@@ -423,15 +429,15 @@ def resources(cases, capability=90):
             kernel = getattr(module, label)
             signature, values, hints = {}, {}, {}
             for place, argument in enumerate(kernel.arg_names):
-                if argument in known or argument in ('sqw', 'svw', 'sow', 'sgw', 'sdw'):
+                if argument in known or argument in ('sqw', 'svw', 'sow', 'sgw', 'sdw', 'skl', 'sdl'):
                     signature[argument], values[(place,)] = 'constexpr', known.get(argument, 1)
-                elif argument in module._SIZES or argument[0] == 's':
+                elif argument in module._SIZES or (len(argument) == 3 and argument[0] == 's'):
                     signature[argument] = 'i32'
                 else:
-                    signature[argument] = '*fp16' if argument in ('q', 'v', 'g', 'out', 'dq', 'dv') else '*fp32'
+                    signature[argument] = '*fp16' if argument in HALVES else '*fp32'
                     hints[(place,)] = [['tt.divisibility', 16]]
             source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
-            options = dict(num_warps=count, num_stages=1)
+            options = dict(num_warps=count, num_stages=1, maxnreg=known.get('maxnreg'))
             compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
             with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
                 Path(file.name).write_bytes(compiled.asm['cubin'])

@@ -14,29 +14,39 @@ from .sizes import Sizes
 class Tuning:
     """Launch parameters, measured on an H200 with tools/analysis/benchmark_contmix.py.
 
+    Of each kernel: columns of M taken at once, warps of a program, registers of a thread at most (0 without a bound).
+
     Args:
+        forward (tuple): Of the kernel of the output, ...
+        query (tuple): ... of the queries' gradient, ...
+        value (tuple): ... of the values' gradient, whose columns are not used, ...
+        table (tuple): ... of the gradients of the biases, and ...
+        product (tuple): ... of the gradient of M.
         positions (int): Positions of a tile.
-        logits (int): Columns of M taken at once.
-        narrow (int): The same in the kernels of the output and of the queries' gradient.
         cells (int): Cells of the map taken at once.
-        warps (int): Warps of a program.
         share (float): Memory for the products of keys and weight, as a share of one logits tensor. The batch is
             taken in chunks to keep to it, ...
         sums (float): Likewise for the gradients of the position biases, which bounds their programs.
         floor (int): Bytes below which no memory is saved.
     """
 
+    forward: Tuple[int, int, int] = (32, 4, 128)
+    query: Tuple[int, int, int] = (32, 4, 128)
+    value: Tuple[int, int, int] = (64, 4, 128)
+    table: Tuple[int, int, int] = (64, 4, 0)
+    product: Tuple[int, int, int] = (64, 4, 168)
     positions: int = 64
-    logits: int = 64
-    narrow: int = 32
     cells: int = 64
-    warps: int = 4
     share: float = 0.033
-    sums: float = 0.03
+    sums: float = 0.02
     floor: int = 3 * 2**20
 
 
 TUNING = Tuning()
+
+_COLUMNS = 64  # columns of M for the large window are a multiple of this
+_ROWS = 64  # rows of the keys that a program takes at once
+_PARTS = 32  # parts of the keys that are summed apart for the gradient of the weight
 
 #: False lets the general kernels serve these maps, too: to compare, tools/analysis/benchmark_contmix.py --general.
 ENABLED = True
@@ -54,7 +64,12 @@ class Plan(Sizes):
     def padded(self) -> Tuple[int, int]:
         """Columns of M for either window: a power of two, a multiple of what is taken at once."""
         small, large = (k * k for k in self.windows)
-        return max(16, power_of_two(small)), -(-large // TUNING.logits) * TUNING.logits
+        return max(16, power_of_two(small)), -(-large // _COLUMNS) * _COLUMNS
+
+    @property
+    def padded_dim(self) -> int:
+        """Channels of the queries of a head, as M has them."""
+        return max(16, power_of_two(self.dim))
 
     @property
     def sides(self) -> Tuple[int, int]:
@@ -79,19 +94,28 @@ class Plan(Sizes):
 
     def chunk(self, train: bool = True) -> int:
         """Batch elements to take at once, so that the products of keys and weight stay small beside the logits."""
-        return self._chunk(sum(self.padded), TUNING, train)
+        step = self._chunk(sum(self.padded), TUNING, train, self.padded_dim)
+        # A multiple of 16 heads and tiles fills the GPU in whole waves; the last chunk is then a smaller one.
+        return min(self.batch, -(-step // 16) * 16) if step >= 16 else step
 
     def splits(self) -> int:
         """Parts of the batch that are summed apart for the gradients of the position biases."""
         table = 4 * self.groups * self.height * self.width * sum(self.padded)
         return max(1, min(self.batch, int(max(TUNING.floor / 2, TUNING.sums * self.logits_bytes) / table)))
 
+    def key_constants(self, cells: int, half: bool) -> dict:
+        """For the kernels of the keys, which take so many cells of the context at once."""
+        (small, large), (first, second) = self.windows, self.padded
+        windows = dict(K1=small, N1=first, K2=large, N2=second)
+        return dict(windows, BD=self.padded_dim, BR=_ROWS, BL=cells, BN=64, HALF=half, num_warps=4, num_stages=1)
+
     @property
     def table_constants(self) -> dict:
         (small, large), (first, second) = self.windows, self.padded
         return dict(H=self.height, W=self.width, K1=small, N1=first, K2=large, N2=second)
 
-    def constants(self, half: bool, *tensors: Tensor) -> dict:
+    def constants(self, kernel: str, half: bool, *tensors: Tensor) -> dict:
+        columns, warps, registers = getattr(TUNING, kernel)
         far = 64 * max(abs(s) for t in tensors for s in t.stride()[1:])
         return dict(
             self.table_constants,
@@ -100,25 +124,44 @@ class Plan(Sizes):
             RH=self.reach[0],
             RW=self.reach[1],
             TILES=self.tiles,
-            BN=TUNING.logits,
-            BD=max(16, power_of_two(self.dim)),
+            BN=columns,
+            BD=self.padded_dim,
             BE=max(16, power_of_two(self.channels)),
             BT=TUNING.positions,
             BC=TUNING.cells,
             HALF=half,
             WIDE=far >= 2**31,
-            num_warps=TUNING.warps,
+            num_warps=warps,
             num_stages=1,
+            **(dict(maxnreg=registers) if registers else {}),
         )
 
 
-def _padded_weight(weight: Tensor, plan: Plan) -> Tensor:
-    """(N1 + N2, L) in fp32: the rows of either window, then zeros."""
-    small, first = plan.windows[0] ** 2, plan.padded[0]
-    out = weight.new_zeros((sum(plan.padded), weight.shape[1]), dtype=torch.float32)
-    out[:small] = weight[:small]
-    out[first : first + plan.windows[1] ** 2] = weight[small:]
+def _products(key: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+    """M = key · weightᵀ: (B, G, N1 + N2, padded D) in fp32, 0 in the padding."""
+    from .shared_kernels import contmix_shared_product_kernel
+
+    columns = sum(plan.padded)
+    out = key.new_empty((*key.shape[:2], columns, plan.padded_dim), dtype=torch.float32)
+    rows = len(key) * plan.groups * plan.padded_dim
+    contmix_shared_product_kernel[(-(-rows // _ROWS) * -(-columns // 64),)](
+        key, weight, out, *key.stride(), plan.groups, plan.dim, rows, key.shape[3],
+        **plan.key_constants(16, key.dtype in HALF),
+    )  # fmt: skip
     return out
+
+
+def _key_grad(key: Tensor, weight: Tensor, dproducts: Tensor, dkey: Tensor, dweight: Tensor, add: bool, plan) -> None:
+    """Writes the gradient of some keys, and writes or adds to the parts of that of the weight."""
+    from .shared_kernels import contmix_shared_key_grad_kernel
+
+    parts, columns, length = dweight.shape
+    rows = len(key) * plan.groups * plan.padded_dim
+    step = -(-rows // parts // _ROWS) * _ROWS
+    contmix_shared_key_grad_kernel[(parts * -(-columns // 64) + -(-rows // _ROWS),)](
+        key, weight, dproducts, dkey, dweight, *key.stride(), *dkey.stride(), plan.groups, plan.dim, rows, length,
+        parts, step, int(add), **plan.key_constants(32, key.dtype in HALF),
+    )  # fmt: skip
 
 
 def _table(bias: Tensor, rpb1: Tensor, rpb2: Tensor, plan: Plan) -> Tensor:
@@ -151,12 +194,12 @@ def forward(query, key, weight, bias, rpb1, rpb2, value, out, lse, train) -> Non
     from .shared_kernels import contmix_shared_forward_kernel
 
     plan = Plan.of(query, rpb1, rpb2, value)
-    weight, table = _padded_weight(weight, plan).t(), _table(bias, rpb1, rpb2, plan)
-    constants = dict(plan.constants(query.dtype in HALF, query, value, out), BN=TUNING.narrow)
+    weight, table = weight.contiguous(), _table(bias, rpb1, rpb2, plan)
+    constants = plan.constants('forward', query.dtype in HALF, query, value, out)
     step = plan.chunk(train)
     for first in range(0, plan.batch, step):
         part = slice(first, first + step)
-        products = torch.matmul(key[part].float(), weight)
+        products = _products(key[part], weight, plan)
         contmix_shared_forward_kernel[(len(products) * plan.groups * plan.tiles,)](
             query[part], products, table, value[part], out[part], lse[part],
             *query.stride(), *value.stride(), *out.stride(), *plan.sizes, **constants,
@@ -166,64 +209,62 @@ def forward(query, key, weight, bias, rpb1, rpb2, value, out, lse, train) -> Non
 
 def backward(grad, query, key, weight, bias, rpb1, rpb2, value, lse, dquery, dkey, dvalue) -> List[Tensor]:
     """Writes the gradients of queries, keys and values; returns those of weight, bias and position biases, in fp32."""
+    from .shared_kernels import contmix_shared_position_bias_grad_kernel
+
     plan = Plan.of(query, rpb1, rpb2, value)
-    weight, table = _padded_weight(weight, plan), _table(bias, rpb1, rpb2, plan)
-    cells = _cells(bias, rpb2, plan)
-    dweight = torch.zeros_like(weight)
-    sums: List[Tensor] = []
+    weight, table, cells = weight.contiguous(), _table(bias, rpb1, rpb2, plan), _cells(bias, rpb2, plan)
+    rows = plan.batch * plan.groups * plan.padded_dim
+    dweight = table.new_empty(min(_PARTS, -(-rows // _ROWS)), sum(plan.padded), weight.shape[1])
+    dtables = [table.new_empty(plan.splits(), *table.shape[:3], n) for n in plan.padded]
     step = plan.chunk()
     for first in range(0, plan.batch, step):
         part = slice(first, first + step)
-        products = torch.matmul(key[part].float(), weight.t())
-        terms = _chunk_backward(
-            plan, grad[part], query[part], products, table, cells, value[part], lse[part], dquery[part], dvalue[part]
-        )
-        sums = [a + b for a, b in zip(sums, terms)] if sums else terms
-        dkey[part] = torch.matmul(products, weight)  # products are their own gradients by now
-        dweight.addmm_(products.flatten(0, 2).t(), key[part].float().flatten(0, 2))
+        products = _products(key[part], weight, plan)
+        _chunk_backward(
+            plan, grad[part], query[part], products, table, cells, value[part], lse[part], dquery[part], dvalue[part],
+            dtables, first > 0,
+        )  # fmt: skip
+        _key_grad(key[part], weight, products, dkey[part], dweight, first > 0, plan)
         del products  # before the next chunk's are made
-    return [_unpadded(dweight, plan), *sums]
+    drpb = [table.new_empty(plan.groups, 2 * window - 1, 2 * window - 1) for window in plan.windows]
+    contmix_shared_position_bias_grad_kernel[(plan.groups * sum(2 * k - 1 for k in plan.windows),)](
+        *dtables, *drpb, plan.splits(), plan.splits(), plan.groups,
+        **plan.table_constants, BU=power_of_two(2 * plan.windows[1] - 1), BP=32, num_warps=4,
+    )  # fmt: skip
+    places = [slice(window**2) for window in plan.windows]
+    dbias = torch.cat([dtable.sum((0, 1, 2, 3))[place] for dtable, place in zip(dtables, places)])
+    dweight = dweight.sum(0).split(plan.padded)
+    return [torch.cat([rows[place] for rows, place in zip(dweight, places)]), dbias, *drpb]
 
 
-def _unpadded(x: Tensor, plan: Plan) -> Tensor:
-    small, first = plan.windows[0] ** 2, plan.padded[0]
-    return torch.cat([x[:small], x[first : first + plan.windows[1] ** 2]])
-
-
-def _chunk_backward(plan, grad, query, products, table, cells, value, lse, dquery, dvalue) -> List[Tensor]:
+def _chunk_backward(
+    plan, grad, query, products, table, cells, value, lse, dquery, dvalue, dtables: List[Tensor], add: bool
+) -> None:
     """Gradients for some batch elements; ``products`` is overwritten with its own gradient."""
     from . import shared_kernels as kernels
 
     batch = len(query)
     heads = batch * plan.groups
-    constants = plan.constants(query.dtype in HALF, query, value, grad, dquery, dvalue)
-    chunks = 1 + plan.padded[1] // TUNING.logits
     delta = torch.empty_like(lse)
+    strides = *query.stride(), *value.stride(), *grad.stride()
+
+    def constants(kernel):
+        return plan.constants(kernel, query.dtype in HALF, query, value, grad, dquery, dvalue)
+
     kernels.contmix_shared_query_grad_kernel[(heads * plan.tiles,)](
-        query, products, table, value, lse, grad, dquery, delta,
-        *query.stride(), *value.stride(), *grad.stride(), *dquery.stride(), *plan.sizes,
-        **dict(constants, BN=TUNING.narrow),
+        query, products, table, value, lse, grad, dquery, delta, *strides, *dquery.stride(), *plan.sizes,
+        **constants('query'),
     )  # fmt: skip
     kernels.contmix_shared_value_grad_kernel[(heads * 2 * (cells.shape[-1] // TUNING.cells),)](
         query, products, table, cells, lse, grad, dvalue,
-        *query.stride(), *grad.stride(), *dvalue.stride(), *plan.sizes, **constants,
+        *query.stride(), *grad.stride(), *dvalue.stride(), *plan.sizes, **constants('value'),
     )  # fmt: skip
-    splits = min(batch, plan.splits())
-    step = -(-batch // splits)
-    splits = -(-batch // step)
-    dtable = table.new_empty(splits, *table.shape)
-    strides = *query.stride(), *value.stride(), *grad.stride()
-    kernels.contmix_shared_table_grad_kernel[(chunks * splits * plan.tiles * plan.groups,)](
-        query, products, table, value, lse, delta, grad, dtable,
-        *strides, *plan.sizes, batch, splits, step, **constants,
+    splits, chunks = plan.splits(), 1 + plan.padded[1] // TUNING.table[0]
+    kernels.contmix_shared_table_grad_kernel[(splits * chunks * plan.tiles * plan.groups,)](
+        query, products, table, value, lse, delta, grad, *dtables, *strides, *plan.sizes, batch, splits, splits,
+        int(add), **constants('table'),
     )  # fmt: skip
+    chunks = 1 + plan.padded[1] // TUNING.product[0]
     kernels.contmix_shared_product_grad_kernel[(heads * chunks,)](
-        query, products, table, value, lse, delta, grad, *strides, *plan.sizes, **constants
+        query, products, table, value, lse, delta, grad, *strides, *plan.sizes, **constants('product')
     )
-    dbias = _unpadded(dtable.sum((0, 1, 2, 3)), plan)
-    drpb = [dtable.new_empty(plan.groups, 2 * window - 1, 2 * window - 1) for window in plan.windows]
-    kernels.contmix_shared_position_bias_grad_kernel[(plan.groups * sum(2 * k - 1 for k in plan.windows),)](
-        dtable, *drpb, splits, plan.groups,
-        **plan.table_constants, BU=power_of_two(2 * plan.windows[1] - 1), BP=32, num_warps=4,
-    )  # fmt: skip
-    return [dbias, *drpb]

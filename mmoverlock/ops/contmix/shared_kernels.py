@@ -28,7 +28,7 @@ from .triton_kernels import _dot, _index, _split, _start
 
 _INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 # Compiled once for all batches and heads; but for each of the four maps that a window has, where this saves divisions.
-_SIZES = ('G', 'D', 'E', 'BATCH', 'SPLITS', 'STEP')
+_SIZES = ('G', 'D', 'E', 'BATCH', 'SPLITS1', 'SPLITS2', 'ADD', 'ROWS', 'L', 'PARTS', 'STEP')
 
 
 @triton.jit
@@ -73,12 +73,16 @@ def _tile(tile, W: tl.constexpr, K: tl.constexpr, SH: tl.constexpr, SW: tl.const
 
 @triton.jit
 def _load(x, i, j, sc, sh, sw, C, BC: tl.constexpr, WIDE: tl.constexpr):
-    """(BC, places): channels of x at the places (i, j)."""
+    """(BC, places): channels of x at the places (i, j).
+
+    Loaded with places first: where Triton knows of no axis that is contiguous in memory, it lays the lanes of a warp
+    along the first, and a warp that reads one channel at 32 places touches an eighth of the cache lines.
+    """
     c = _index(BC, WIDE)
     if WIDE:
         i = i.to(tl.int64)
         j = j.to(tl.int64)
-    return tl.load(x + (c * sc)[:, None] + (i * sh + j * sw)[None, :], mask=(c < C)[:, None], other=0.0)
+    return tl.trans(tl.load(x + (i * sh + j * sw)[:, None] + (c * sc)[None, :], mask=(c < C)[None, :], other=0.0))
 
 
 @triton.jit
@@ -88,14 +92,20 @@ def _store(x, y, i, j, sc, sh, sw, C, mask, BC: tl.constexpr, WIDE: tl.constexpr
     if WIDE:
         i = i.to(tl.int64)
         j = j.to(tl.int64)
-    offsets = (c * sc)[:, None] + (i * sh + j * sw)[None, :]
-    tl.store(x + offsets, tl.trans(y).to(x.dtype.element_ty), mask=(c < C)[:, None] & mask[None, :])
+    offsets = (i * sh + j * sw)[:, None] + (c * sc)[None, :]
+    tl.store(x + offsets, y.to(x.dtype.element_ty), mask=mask[:, None] & (c < C)[None, :])
 
 
 @triton.jit
 def _load_m(m, n, D, N: tl.constexpr, BD: tl.constexpr):
     d = tl.arange(0, BD)
-    return tl.load(m + (d * N)[:, None] + n[None, :], mask=(d < D)[:, None], other=0.0)
+    return tl.trans(tl.load(m + n[:, None] + (d * N)[None, :], mask=(d < D)[None, :], other=0.0))
+
+
+@triton.jit
+def _load_rows_of_m(m, n, BD: tl.constexpr):
+    """(BD, n) of M as it is kept here: (N1 + N2, BD), channels along the rows, which tensor cores read in tf32."""
+    return tl.trans(tl.load(m + (n * BD)[:, None] + tl.arange(0, BD)[None, :]))
 
 
 @triton.jit
@@ -113,13 +123,20 @@ def _pick(x, index, inside, R: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def _pick_flat(x, index, R: tl.constexpr, S: tl.constexpr):
+    """(R, S): x's element ``index``, which is inside."""
+    return tl.reshape(tl.gather(tl.reshape(x, (x.numel,)), tl.reshape(index, (R * S,)), 0), (R, S))
+
+
+@triton.jit
 def _to_cells(p, i, j, r, c, H, W, K: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
-    """Weights (BT, BN) over each position's window, laid out over the cells (r, c): (BT, BC)."""
+    """Weights (BT, BN) over each position's window, 0 in the padding, laid out over the cells (r, c): (BT, BC)."""
     a = r[None, :] - _start(i, H, K)[:, None]
     b = c[None, :] - _start(j, W, K)[:, None]
     inside = (a >= 0) & (a < K) & (b >= 0) & (b < K)
-    index = (tl.arange(0, BT) * BN)[:, None] + a * K + b
-    return _pick(p, index, inside, BT, BC)
+    # K is odd and BN a power of two: there is padding, whose weight is 0, to pick where a cell is outside the window.
+    index = (tl.arange(0, BT) * BN)[:, None] + tl.where(inside, a * K + b, BN - 1)
+    return _pick_flat(p, index, BT, BC)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -139,14 +156,14 @@ def contmix_shared_forward_kernel(
     i, j, real, row, col = _tile(tl.program_id(0) % TILES, W, K2, SH, SW, BT)
     position = i * W + j
     q_t = _load(q + batch * sqb + group * sqg, i, j, sqd, sqh, sqw, D, BD, WIDE).to(tl.float32)
-    m += head * D * N
+    m += head * N * BD
     lse += head * 2 * H * W
     table += (group * H * W + position[:, None]) * N
     v += batch * svb
     out += batch * sob
 
     n1 = tl.arange(0, N1)
-    logits1 = _logits(q_t, _load_m(m, n1, D, N, BD), tl.load(table + n1[None, :]), HALF)
+    logits1 = _logits(q_t, _load_rows_of_m(m, n1, BD), tl.load(table + n1[None, :]), HALF)
     top = tl.max(logits1, 1)
     p1 = _exp(logits1 - top[:, None])
     total = tl.sum(p1, 1)
@@ -172,7 +189,7 @@ def contmix_shared_forward_kernel(
     mixed = tl.zeros((BT, BE), tl.float32)
     for first in range(0, N2, BN):
         n = first + tl.arange(0, BN)
-        logits = _logits(q_t, _load_m(m + N1, n, D, N, BD), tl.load(table + N1 + n[None, :]), HALF)
+        logits = _logits(q_t, _load_rows_of_m(m + N1 * BD, n, BD), tl.load(table + N1 + n[None, :]), HALF)
         r, c = _window_cells(n, row, col, K2)
         values = _load(v + (group + G) * E * svc, r, c, svc, svh, svw, E, BE, WIDE)
         higher = tl.maximum(top, tl.max(logits, 1))
@@ -191,19 +208,31 @@ def _moved_weight_grad(
     H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
     K: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(BT, BN): gradients of the weights of windows that move: g · v over all cells, picked for every window."""
+    """(BT, BN): gradients of the weights of windows that move: g · v over all cells, picked for every window.
+
+    Where the cells are few enough, all products are in registers at once; the padding is then some number, not 0.
+    """
     n = tl.arange(0, BN)
     row = _start(row * SH, H, K)
     col = _start(col * SW, W, K)
-    cell = ((_start(i, H, K) - row) * RW + _start(j, W, K) - col)[:, None] + (n // K * RW + n % K)[None, :]
-    dp = tl.zeros((BT, BN), tl.float32)
-    for first in range(0, RH * RW, BC):
-        places = first + tl.arange(0, BC)
-        r = tl.minimum(row + places // RW, H - 1)
-        values = _load(v, r, col + places % RW, svc, svh, svw, E, BE, WIDE)
+    first_cell = ((_start(i, H, K) - row) * RW + _start(j, W, K) - col)[:, None]
+    if RH * RW <= 128:
+        CELLS: tl.constexpr = 64 if RH * RW <= 64 else 128
+        places = tl.arange(0, CELLS)
+        values = _load(v, tl.minimum(row + places // RW, H - 1), col + places % RW, svc, svh, svw, E, BE, WIDE)
         products = tl.dot(tl.trans(g_t.to(values.dtype)), values, input_precision='tf32x3')
-        inside = (cell >= first) & (cell < first + BC) & (n < K * K)[None, :]
-        dp += _pick(products, (tl.arange(0, BT) * BC - first)[:, None] + cell, inside, BT, BN)
+        inner = tl.minimum(n // K, K - 1) * RW + n % K
+        dp = _pick_flat(products, (tl.arange(0, BT) * CELLS)[:, None] + first_cell + inner[None, :], BT, BN)
+    else:
+        cell = first_cell + (n // K * RW + n % K)[None, :]
+        dp = tl.zeros((BT, BN), tl.float32)
+        for first in range(0, RH * RW, BC):
+            places = first + tl.arange(0, BC)
+            r = tl.minimum(row + places // RW, H - 1)
+            values = _load(v, r, col + places % RW, svc, svh, svw, E, BE, WIDE)
+            products = tl.dot(tl.trans(g_t.to(values.dtype)), values, input_precision='tf32x3')
+            inside = (cell >= first) & (cell < first + BC) & (n < K * K)[None, :]
+            dp += _pick(products, (tl.arange(0, BT) * BC - first)[:, None] + cell, inside, BT, BN)
     return dp
 
 
@@ -252,7 +281,7 @@ def contmix_shared_query_grad_kernel(
     i, j, real, row, col = _tile(tl.program_id(0) % TILES, W, K2, SH, SW, BT)
     position = i * W + j
     q_t = _load(q + batch * sqb + group * sqg, i, j, sqd, sqh, sqw, D, BD, WIDE).to(tl.float32)
-    m += head * D * N
+    m += head * N * BD
     lse += head * 2 * H * W
     delta += head * 2 * H * W
     table += (group * H * W + position[:, None]) * N
@@ -260,7 +289,7 @@ def contmix_shared_query_grad_kernel(
     g += batch * sgb
 
     n1 = tl.arange(0, N1)
-    m1 = _load_m(m, n1, D, N, BD)
+    m1 = _load_rows_of_m(m, n1, BD)
     g1_t = _load(g + group * E * sgc, i, j, sgc, sgh, sgw, E, BE, WIDE)
     dp1 = _moved_weight_grad(
         g1_t, v + group * E * svc, i, j, row, col, svc, svh, svw, E, H, W, SH, SW, RH, RW, K1, N1, BE, BT, BC, WIDE
@@ -270,23 +299,24 @@ def contmix_shared_query_grad_kernel(
     tl.store(delta + position, sums, mask=real)
     query_grad = _query_grad(p1 * (dp1 - sums[:, None]), m1, HALF)
 
-    # A softmax needs delta before its gradient: the large window's logits are computed twice.
+    # A softmax needs delta before its gradient. Instead of computing the logits twice, the products of M with weights
+    # times their gradients and with the weights are summed apart; a guess of delta keeps their difference exact.
     v += (group + G) * E * svc
     g_t = _load(g + (group + G) * E * sgc, i, j, sgc, sgh, sgw, E, BE, WIDE)
     total = tl.load(lse + H * W + position)
+    guess = tl.sum(_shared_weight_grad(g_t, v, tl.arange(0, BN), row, col, svc, svh, svw, E, K2, BE, WIDE), 1) / BN
     sums = tl.zeros((BT,), tl.float32)
+    weighted = tl.zeros((BT, BD), tl.float32)
     for first in range(0, N2, BN):
         n = first + tl.arange(0, BN)
-        dp = _shared_weight_grad(g_t, v, n, row, col, svc, svh, svw, E, K2, BE, WIDE)
-        p = _weights(q_t, _load_m(m + N1, n, D, N, BD), table + N1, n, total, HALF)
-        sums += tl.sum(p * dp, 1)
-    tl.store(delta + H * W + position, sums, mask=real)
-    for first in range(0, N2, BN):
-        n = first + tl.arange(0, BN)
-        dp = _shared_weight_grad(g_t, v, n, row, col, svc, svh, svw, E, K2, BE, WIDE)
-        m2 = _load_m(m + N1, n, D, N, BD)
+        dp = _shared_weight_grad(g_t, v, n, row, col, svc, svh, svw, E, K2, BE, WIDE) - guess[:, None]
+        m2 = _load_rows_of_m(m + N1 * BD, n, BD)
         p = _weights(q_t, m2, table + N1, n, total, HALF)
-        query_grad += _query_grad(p * (dp - sums[:, None]), m2, HALF)
+        sums += tl.sum(p * dp, 1)
+        weighted += _query_grad(p, m2, HALF)
+        query_grad += _query_grad(p * dp, m2, HALF)
+    query_grad -= sums[:, None] * weighted
+    tl.store(delta + H * W + position, sums + guess, mask=real)
     _store(dq + batch * sdb + group * sdg, query_grad, i, j, sdd, sdh, sdw, D, real, BD, WIDE)
 
 
@@ -325,8 +355,8 @@ def _product_grad(
     batch = head // G
     group = head % G
     n = first + tl.arange(0, BN)
-    m += head * D * N
-    part = _load_m(m, n, D, N, BD)
+    m += head * N * BD
+    part = _load_rows_of_m(m, n, BD)
     dm = tl.zeros((BD, BN), tl.float32)
     for tile in range(0, TILES):
         i, j, _, _, _ = _tile(tile, W, K2, SH, SW, BT)
@@ -337,9 +367,8 @@ def _product_grad(
             LARGE,
         )  # fmt: skip
         dm += _dot(q_t, ds, HALF)
-    d = tl.arange(0, BD)
     tl.debug_barrier()  # every thread must have read M
-    tl.store(m + (d * N)[:, None] + n[None, :], dm, mask=(d < D)[:, None])
+    tl.store(m + tl.arange(0, BD)[:, None] + (n * BD)[None, :], dm)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -363,64 +392,72 @@ def contmix_shared_product_grad_kernel(
         )  # fmt: skip
     else:
         _product_grad(
-            q, m + N1, table + N1, v, lse, delta, g, (chunk - 1) * BN, head, sqb, sqg, sqd, sqh, sqw, svb, svc, svh,
-            svw, sgb, sgc, sgh, sgw, G, D, E, H, W, SH, SW, RH, RW, TILES, K2, K2, N, BN, BD, BE, BT, BC, HALF, WIDE, 1,
+            q, m + N1 * BD, table + N1, v, lse, delta, g, (chunk - 1) * BN, head, sqb, sqg, sqd, sqh, sqw,
+            svb, svc, svh, svw, sgb, sgc, sgh, sgw,
+            G, D, E, H, W, SH, SW, RH, RW, TILES, K2, K2, N, BN, BD, BE, BT, BC, HALF, WIDE, 1,
         )  # fmt: skip
 
 
 @triton.jit
 def _table_grad(
-    q, m, table, v, lse, delta, g, dtable, tile, first, split, group,
+    q, m, table, v, lse, delta, g, dtable, program, first, SPLITS, ADD,
     sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
-    G, D, E, BATCH, STEP,
+    G, D, E, BATCH,
     H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
-    K: tl.constexpr, K2: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, LARGE: tl.constexpr,
+    TILES: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, NM: tl.constexpr, N: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+    LARGE: tl.constexpr,
 ):  # fmt: skip
+    """BN columns of the sums for one window, which has N of them; M and the table have NM for both."""
+    split = program % SPLITS
+    tile = program // SPLITS % TILES
+    group = (program // SPLITS // TILES).to(tl.int64)
     n = first + tl.arange(0, BN)
     i, j, real, _, _ = _tile(tile, W, K2, SH, SW, BT)
-    offsets = (group * H * W + i * W + j)[:, None] * N
-    sums = tl.zeros((BT, BN), tl.float32)
-    for b in range(split * STEP, tl.minimum(split * STEP + STEP, BATCH)):
-        batch = (split * STEP).to(tl.int64) + (b - split * STEP)
-        part = _load_m(m + (batch * G + group) * D * N, n, D, N, BD)
+    position = (group * H * W + i * W + j)[:, None]
+    places = split.to(tl.int64) * G * H * W * N + position * N + n[None, :]
+    sums = tl.load(dtable + places, mask=real[:, None] & (ADD != 0), other=0.0)
+    step = (BATCH + SPLITS - 1) // SPLITS
+    for b in range(split * step, tl.minimum(split * step + step, BATCH)):
+        batch = (split * step).to(tl.int64) + (b - split * step)
+        part = _load_rows_of_m(m + (batch * G + group) * NM * BD, n, BD)
         q_t = _load(q + batch * sqb + group * sqg, i, j, sqd, sqh, sqw, D, BD, WIDE).to(tl.float32)
         sums += _logit_grad(
-            q_t, part, table + offsets, v, lse, delta, g, tile, n, batch, group,
+            q_t, part, table + position * NM, v, lse, delta, g, tile, n, batch, group,
             svb, svc, svh, svw, sgb, sgc, sgh, sgw, G, E, H, W, SH, SW, RH, RW, K, K2, BN, BE, BT, BC, HALF, WIDE,
             LARGE,
         )  # fmt: skip
-    dtable += split.to(tl.int64) * G * H * W * N
-    tl.store(dtable + offsets + n[None, :], sums, mask=real[:, None])
+    tl.store(dtable + places, sums, mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def contmix_shared_table_grad_kernel(
-    q, m, table, v, lse, delta, g, dtable,
+    q, m, table, v, lse, delta, g, dtable1, dtable2,
     sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
-    G, D, E, BATCH, SPLITS, STEP,
+    G, D, E, BATCH, SPLITS1, SPLITS2, ADD,
     H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
     TILES: tl.constexpr, K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(SPLITS, G, H, W, N1 + N2): the gradients of the logits, summed over STEP elements of the batch."""
-    N: tl.constexpr = N1 + N2
-    CHUNKS: tl.constexpr = 1 + N2 // BN
-    chunk = tl.program_id(0) % CHUNKS
-    split = tl.program_id(0) // CHUNKS % SPLITS
-    tile = tl.program_id(0) // CHUNKS // SPLITS % TILES
-    group = (tl.program_id(0) // CHUNKS // SPLITS // TILES).to(tl.int64)
-    if chunk == 0:
+    """Gradients of the logits, summed over parts of the batch: (SPLITS1, G, H, W, N1) and (SPLITS2, G, H, W, N2).
+
+    They are added to what is there if ADD. The programs of the small window, which take longer, come first.
+    """
+    CHUNKS: tl.constexpr = N2 // BN
+    program = tl.program_id(0)
+    small = G * TILES * SPLITS1
+    if program < small:
         _table_grad(
-            q, m, table, v, lse, delta, g, dtable, tile, 0, split, group,
+            q, m, table, v, lse, delta, g, dtable1, program, 0, SPLITS1, ADD,
             sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
-            G, D, E, BATCH, STEP, H, W, SH, SW, RH, RW, K1, K2, N, N1, BD, BE, BT, BC, HALF, WIDE, 0,
+            G, D, E, BATCH, H, W, SH, SW, RH, RW, TILES, K1, K2, N1 + N2, N1, N1, BD, BE, BT, BC, HALF, WIDE, 0,
         )  # fmt: skip
     else:
+        program -= small
         _table_grad(
-            q, m + N1, table + N1, v, lse, delta, g, dtable + N1, tile, (chunk - 1) * BN, split, group,
-            sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
-            G, D, E, BATCH, STEP, H, W, SH, SW, RH, RW, K2, K2, N, BN, BD, BE, BT, BC, HALF, WIDE, 1,
+            q, m + N1 * BD, table + N1, v, lse, delta, g, dtable2, program // CHUNKS, program % CHUNKS * BN, SPLITS2,
+            ADD, sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw,
+            G, D, E, BATCH, H, W, SH, SW, RH, RW, TILES, K2, K2, N1 + N2, N2, BN, BD, BE, BT, BC, HALF, WIDE, 1,
         )  # fmt: skip
 
 
@@ -444,32 +481,148 @@ def contmix_shared_value_grad_kernel(
     batch = head // G
     group = head % G
     q += batch * sqb + group * sqg
-    m += head * D * N
+    m += head * N * BD
     lse += head * 2 * H * W + large * H * W
     g += batch * sgb + (group + large * G) * E * sgc
     out = tl.zeros((BC, BE), tl.float32)
-    for tile in range(0, TILES):
-        i, j, real, row, col = _tile(tile, W, K2, SH, SW, BT)
-        position = i * W + j
-        q_t = _load(q, i, j, sqd, sqh, sqw, D, BD, WIDE).to(tl.float32)
-        g_t = _load(g, i, j, sgc, sgh, sgw, E, BE, WIDE)
-        total = tl.where(real, tl.load(lse + position), float('inf'))
-        position += group * H * W
-        if large:
+    if large:
+        for tile in range(0, TILES):
+            i, j, real, row, col = _tile(tile, W, K2, SH, SW, BT)
+            position = i * W + j
+            q_t = _load(q, i, j, sqd, sqh, sqw, D, BD, WIDE).to(tl.float32)
+            g_t = _load(g, i, j, sgc, sgh, sgw, E, BE, WIDE)
+            total = tl.where(real, tl.load(lse + position), float('inf'))
             # M is read in the order of the cells, and the table is in it: -inf where a cell is not in the window.
             a = r - row
             b = c - col
-            n2 = N1 + tl.where((a >= 0) & (a < K2) & (b >= 0) & (b < K2), a * K2 + b, 0)
-            biases = cells + position[:, None] * (chunks * BC)
-            p2 = _weights(q_t, _load_m(m, n2, D, N, BD), biases, cell, total, HALF)
-            p = p2.to(g_t.dtype)
-        else:
-            n1 = tl.arange(0, N1)
-            p1 = _weights(q_t, _load_m(m, n1, D, N, BD), table + position[:, None] * N, n1, total, HALF)
-            p = _to_cells(p1.to(g_t.dtype), i, j, r, c, H, W, K1, N1, BT, BC).to(g_t.dtype)
-        out = tl.dot(tl.trans(p), tl.trans(g_t), out, input_precision='tf32x3')
+            n = N1 + tl.where((a >= 0) & (a < K2) & (b >= 0) & (b < K2), a * K2 + b, 0)
+            biases = cells + (group * H * W + position[:, None]) * (chunks * BC)
+            p = _weights(q_t, _load_rows_of_m(m, n, BD), biases, cell, total, HALF).to(g_t.dtype)
+            out = tl.dot(tl.trans(p), tl.trans(g_t), out, input_precision='tf32x3')
+    else:
+        n = tl.arange(0, N1)
+        m1 = _load_rows_of_m(m, n, BD)
+        first_row = tl.program_id(0) % chunks * BC // W
+        last_row = (tl.program_id(0) % chunks * BC + BC - 1) // W
+        for tile in range(0, TILES):
+            i, j, real, row, col = _tile(tile, W, K2, SH, SW, BT)
+            reach = _start(row * SH, H, K1)
+            if (reach <= last_row) & (reach + RH > first_row):  # else no window of the tile reaches the cells
+                position = i * W + j
+                q_t = _load(q, i, j, sqd, sqh, sqw, D, BD, WIDE).to(tl.float32)
+                g_t = _load(g, i, j, sgc, sgh, sgw, E, BE, WIDE)
+                total = tl.where(real, tl.load(lse + position), float('inf'))
+                biases = table + (group * H * W + position[:, None]) * N
+                p = _weights(q_t, m1, biases, n, total, HALF).to(g_t.dtype)
+                p = _to_cells(p, i, j, r, c, H, W, K1, N1, BT, BC)
+                out = tl.dot(tl.trans(p), tl.trans(g_t), out, input_precision='tf32x3')
     dv += batch * sdb + (group + large * G) * E * sdc
     _store(dv, out, tl.minimum(r, H - 1), c, sdc, sdh, sdw, E, cell < H * W, BE, WIDE)
+
+
+@triton.jit
+def _places_of_keys(row, column, sb, sg, sd, sl, G, BD: tl.constexpr):
+    head = (row // BD).to(tl.int64)
+    offsets = head // G * sb + head % G * sg + (row % BD).to(tl.int64) * sd
+    return offsets[:, None] + (column.to(tl.int64) * sl)[None, :]
+
+
+@triton.jit
+def _load_keys(key, row, column, sb, sg, sd, sl, G, D, ROWS, L, BD: tl.constexpr):
+    """(rows, columns) of the keys (B, G, D, L) in fp32: rows are channels of all heads, padded to BD each with 0."""
+    mask = ((row < ROWS) & (row % BD < D))[:, None] & (column < L)[None, :]
+    offsets = _places_of_keys(row, column, sb, sg, sd, sl, G, BD)
+    return tl.load(key + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_weight(weight, n, column, L, K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr):
+    """(n, columns) of the weight in fp32: rows n in the order of those of M, 0 in the padding."""
+    place = tl.where(n < N1, n, n - N1 + K1 * K1)
+    inside = tl.where(n < N1, n < K1 * K1, n < N1 + K2 * K2)
+    mask = inside[:, None] & (column < L)[None, :]
+    return tl.load(weight + (place * L)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _places_of_m(row, n, N: tl.constexpr, BD: tl.constexpr):
+    """Where M (heads, N, BD) has the rows, channels of all heads, and the columns n."""
+    return ((row // BD).to(tl.int64) * (N * BD) + row % BD)[:, None] + (n * BD)[None, :]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def contmix_shared_product_kernel(
+    key, weight, m,
+    skb, skg, skd, skl, G, D, ROWS, L,
+    K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BD: tl.constexpr,
+    BR: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """M = key · weightᵀ to fp32 precision, 0 in the padding: a program BR channels of all heads' and BN columns."""
+    N: tl.constexpr = N1 + N2
+    CHUNKS: tl.constexpr = (N + BN - 1) // BN
+    row = tl.program_id(0) // CHUNKS * BR + tl.arange(0, BR)
+    n = tl.program_id(0) % CHUNKS * BN + tl.arange(0, BN)
+    out = tl.zeros((BR, BN), tl.float32)
+    for first in range(0, L, BL):
+        column = first + tl.arange(0, BL)
+        x = _load_keys(key, row, column, skb, skg, skd, skl, G, D, ROWS, L, BD)
+        w = tl.trans(_load_weight(weight, n, column, L, K1, N1, K2))
+        if HALF:  # exact in tf32
+            high, low = _split(w)
+            out = tl.dot(x, high, tl.dot(x, low, out, input_precision='tf32'), input_precision='tf32')
+        else:
+            out += tl.dot(x, w, input_precision='ieee')
+    tl.store(m + _places_of_m(row, n, N, BD), out, mask=(row < ROWS)[:, None] & (n < N)[None, :])
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def contmix_shared_key_grad_kernel(
+    key, weight, dm, dkey, dweight,
+    skb, skg, skd, skl, sdb, sdg, sdd, sdl, G, D, ROWS, L, PARTS, STEP, ADD,
+    K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BD: tl.constexpr,
+    BR: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of M those of the keys and of the weight, either in programs of its own.
+
+    The latter, (PARTS, N1 + N2, L), are sums over STEP channels of all heads' each, to be summed over the parts; they
+    are added to what is there if ADD.
+    """
+    N: tl.constexpr = N1 + N2
+    CHUNKS: tl.constexpr = (N + BN - 1) // BN
+    program = tl.program_id(0)
+    if program < PARTS * CHUNKS:
+        n = program % CHUNKS * BN + tl.arange(0, BN)
+        part = program // CHUNKS
+        for first in range(0, L, BL):
+            column = first + tl.arange(0, BL)
+            places = (part * N + n)[:, None] * L + column[None, :]
+            inside = (n < N)[:, None] & (column < L)[None, :]
+            sums = tl.load(dweight + places, mask=inside & (ADD != 0), other=0.0)
+            for start in range(part * STEP, tl.minimum(part * STEP + STEP, ROWS), BR):
+                row = start + tl.arange(0, BR)
+                x = _load_keys(key, row, column, skb, skg, skd, skl, G, D, ROWS, L, BD)
+                mask = (row < ROWS)[:, None] & (n < N)[None, :]
+                grads = tl.trans(tl.load(dm + _places_of_m(row, n, N, BD), mask=mask, other=0.0))
+                if HALF:
+                    high, low = _split(grads)
+                    sums = tl.dot(high, x, tl.dot(low, x, sums, input_precision='tf32'), input_precision='tf32')
+                else:
+                    sums = tl.dot(grads, x, sums, input_precision='tf32x3')
+            tl.store(dweight + places, sums, mask=inside)
+    else:
+        channel = (program - PARTS * CHUNKS) * BR + tl.arange(0, BR)
+        for start in range(0, L, BL):
+            cell = start + tl.arange(0, BL)
+            out = tl.zeros((BR, BL), tl.float32)
+            for chunk in range(0, CHUNKS):
+                place = chunk * BN + tl.arange(0, BN)
+                valid = (channel < ROWS)[:, None] & (place < N)[None, :]
+                slopes = tl.load(dm + _places_of_m(channel, place, N, BD), mask=valid, other=0.0)
+                w = _load_weight(weight, place, cell, L, K1, N1, K2)
+                out = tl.dot(slopes, w, out, input_precision='tf32x3')
+            real = ((channel < ROWS) & (channel % BD < D))[:, None] & (cell < L)[None, :]
+            offsets = _places_of_keys(channel, cell, sdb, sdg, sdd, sdl, G, BD)
+            tl.store(dkey + offsets, out.to(dkey.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -546,7 +699,7 @@ def _position_bias_grad(
 
 @triton.jit(do_not_specialize=_SIZES)
 def contmix_shared_position_bias_grad_kernel(
-    dtable, drpb1, drpb2, SPLITS, G,
+    dtable1, dtable2, drpb1, drpb2, SPLITS1, SPLITS2, G,
     H: tl.constexpr, W: tl.constexpr,
     K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BU: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
@@ -554,6 +707,6 @@ def contmix_shared_position_bias_grad_kernel(
     u = tl.program_id(0) % (2 * K1 + 2 * K2 - 2)
     group = tl.program_id(0) // (2 * K1 + 2 * K2 - 2)
     if u < 2 * K1 - 1:
-        _position_bias_grad(dtable, drpb1, group, u, SPLITS, G, H, W, N1 + N2, K1, BU, BP)
+        _position_bias_grad(dtable1, drpb1, group, u, SPLITS1, G, H, W, N1, K1, BU, BP)
     else:
-        _position_bias_grad(dtable + N1, drpb2, group, u - 2 * K1 + 1, SPLITS, G, H, W, N1 + N2, K2, BU, BP)
+        _position_bias_grad(dtable2, drpb2, group, u - 2 * K1 + 1, SPLITS2, G, H, W, N2, K2, BU, BP)

@@ -1,7 +1,7 @@
 """Sizes of one call of ContMix in Triton, from which either set of kernels plans its launches."""
 
 from dataclasses import dataclass
-from typing import Tuple
+from typing import Optional, Tuple
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class Sizes:
         """Size of what is never written: the logits of the call in fp32."""
         return 4 * self.batch * self.groups * self.height * self.width * self.logits
 
-    def _chunk(self, columns: int, tuning, train: bool) -> int:
+    def _chunk(self, columns: int, tuning, train: bool, dim: Optional[int] = None) -> int:
         """Batch elements to take at once, so that the products of keys and weight stay small beside the logits.
 
         Args:
@@ -44,8 +44,9 @@ class Sizes:
             tuning: With ``share`` of the logits' bytes, and ``floor`` in bytes.
             train (bool): Whether a backward pass follows; without, what it takes is free again at once, and launching
                 few kernels is worth more.
+            dim (int, optional): Channels of a head in the products, if they are padded.
         """
-        product = 4 * self.groups * self.dim * columns
+        product = 4 * self.groups * (dim or self.dim) * columns
         floor = tuning.floor if train else _INFERENCE
         chunks = -(-self.batch * product // int(max(floor, tuning.share * self.logits_bytes)))
         return -(-self.batch // max(1, chunks))
