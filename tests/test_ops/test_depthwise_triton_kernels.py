@@ -7,7 +7,7 @@ import torch
 from common import mend_interpreter
 
 from mmoverlock.ops import depthwise_conv2d, depthwise_conv2d_branches, depthwise_conv2d_norm_branches
-from mmoverlock.ops.depthwise import norm
+from mmoverlock.ops.depthwise import norm, norm_small
 from mmoverlock.ops.depthwise import triton as fused
 
 CUDA = torch.cuda.is_available()
@@ -275,18 +275,24 @@ def test_branches_compile(frozen):
 NORMED = ((7, 1), (3, 1), (3, 2))
 
 
-def norm_arguments(shape, dtype=torch.float32):
+@pytest.fixture(autouse=True)
+def small_maps_of_few_images(monkeypatch):
+    """Maps that are small enough are taken, with however few images."""
+    monkeypatch.setattr(norm_small, '_IMAGES', 1)
+
+
+def norm_arguments(shape, dtype=torch.float32, branches=NORMED, parameters=torch.float32):
     """A map whose channels lie far from zero, kernels, gammas, betas."""
     x, *_ = arguments(shape, 1)
     x = (x.detach() + torch.arange(shape[1], device=DEVICE).view(1, -1, 1, 1)).to(dtype).requires_grad_()
-    weights = [arguments(shape, size)[1] for size, _ in NORMED]
-    return [x, *weights, *(arguments(shape, n)[2] for n in range(2 * len(NORMED)))]
+    weights = [arguments(shape, size, parameters=parameters)[1] for size, _ in branches]
+    return [x, *weights, *(arguments(shape, n, parameters=parameters)[2] for n in range(2 * len(branches)))]
 
 
-def norm_branches(*args, backend='triton'):
-    n = len(NORMED)
+def norm_branches(*args, backend='triton', branches=NORMED):
+    n = len(branches)
     x, weights, gammas, betas = args[0], args[1 : n + 1], args[n + 1 : 2 * n + 1], args[2 * n + 1 :]
-    dilations = [dilation for _, dilation in NORMED]
+    dilations = [dilation for _, dilation in branches]
     return depthwise_conv2d_norm_branches(x, weights, dilations, gammas, betas, [1e-5] * n, backend=backend)
 
 
@@ -295,25 +301,86 @@ def norm_branches(*args, backend='triton'):
     [
         ((2, 3, 9, 14), torch.float32),
         ((3, 2, 7, 7), torch.float32),
-        ((1, 17, 5, 6), torch.float16),  # more channels than a program of the statistics takes
+        ((1, 17, 2, 17), torch.float16),  # more channels than a program of the statistics takes
         ((9, 1, 3, 40), torch.float16),
     ],
 )
 def test_norm_branches_equal_the_definition(shape, dtype):
-    args = norm_arguments(shape, dtype)
+    errors = norm_errors(norm_arguments(shape, dtype))
+    assert max(errors) < (1e-5 if dtype is torch.float32 else 2e-3), errors
+
+
+def norm_errors(args, branches=NORMED):
+    """Relative errors, against float64, of output, means and variances, and of the gradients."""
+    x, *parameters = args
     exact = [a.detach().double().requires_grad_() for a in args]
-    expected = norm_branches(*exact, backend='reference')
-    cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(args[0])
+    expected = norm_branches(*exact, backend='reference', branches=branches)
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
     gradients = torch.autograd.grad(expected[0], exact, cotangent.double())
     torch.use_deterministic_algorithms(True, warn_only=True)  # poisons what is not written with NaN
     try:
-        found = norm_branches(*args)
+        found = norm_branches(*args, branches=branches)
         found = (*found, *torch.autograd.grad(found[0], args, cotangent))
     finally:
         torch.use_deterministic_algorithms(False)
-    assert found[0].dtype == found[3].dtype == dtype and all(t.dtype == torch.float32 for t in found[4:])
-    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, (*expected, *gradients))]
-    assert max(errors) < (1e-5 if dtype is torch.float32 else 2e-3), errors
+    assert found[0].dtype == found[3].dtype == x.dtype
+    assert all(a.dtype == b.dtype and a.is_contiguous() for a, b in zip(found[4:], parameters))
+    return [((a.double() - b).norm() / (b.norm() + 1e-30)).item() for a, b in zip(found, (*expected, *gradients))]
+
+
+@pytest.mark.parametrize(
+    'shape, branches',
+    [
+        ((2, 2, 5, 6), ((7, 1), (3, 1), (3, 2))),
+        ((3, 2, 7, 7), ((7, 1), (5, 1), (3, 1), (3, 2), (3, 3))),
+        ((2, 1, 14, 14), ((13, 1), (5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5))),
+        ((17, 1, 3, 9), ((5, 1), (3, 2))),  # more images than a program takes at a time
+        ((70, 1, 16, 2), ((3, 1), (3, 2))),
+        ((1, 1, 16, 16), ((15, 1), (3, 7))),  # as large as they may be
+        ((2, 1, 4, 5), ((13, 1), (5, 1), (3, 3))),  # a map smaller than the window: taps that meet nothing
+        ((3, 1, 1, 7), ((3, 1),)),
+        ((2, 1, 6, 11), ((3, 3), (3, 1))),  # the widest branch is dilated, the window has taps no branch has
+    ],
+)
+def test_norm_branches_on_small_maps(shape, branches):
+    """Statistics and gradients of parameters are sums in float32 of products that are exact, or nearly."""
+    args = norm_arguments(shape, torch.float16, branches)
+    assert norm_small.takes(shape, torch.float16, *zip(*branches))
+    out, mean, var, dx, *rest = norm_errors(args, branches)
+    assert max(out, dx) < 1e-3, (out, dx)
+    assert max(mean, var, *rest) < 1e-5, (mean, var, rest)
+
+
+def test_norm_branches_on_small_maps_of_half_precision_parameters():
+    args = norm_arguments((2, 2, 6, 6), torch.float16, parameters=torch.float16)
+    assert max(norm_errors(args)) < 1e-3
+
+
+def test_norm_branches_small_gradients():
+    """Slopes far below what float16 holds, and none at all."""
+    args = norm_arguments((2, 2, 6, 6), torch.float16)
+    out, _, _ = norm_branches(*args)
+    one, small, none = (torch.autograd.grad(out, args, out * s, retain_graph=True) for s in (1, 2**-10, 0))
+    for a, b, c in zip(one, small, none):
+        torch.testing.assert_close(a.float(), b.float() * 2**10, rtol=2e-3, atol=1e-3 * a.abs().max().item())
+        assert not c.any()
+
+
+@pytest.mark.parametrize(
+    'shape, dtype, size, reason',
+    [
+        ((2, 3, 16, 16), torch.float16, 13, True),
+        ((2, 3, 14, 14), torch.bfloat16, 13, True),
+        ((2, 3, 14, 14), torch.float32, 13, False),
+        ((2, 3, 14, 17), torch.float16, 13, False),
+        ((2, 3, 14, 14), torch.float16, 17, False),
+    ],
+)
+def test_norm_branches_small_maps_taken(monkeypatch, shape, dtype, size, reason):
+    assert norm_small.takes(shape, dtype, (size, 3), (1, 2)) is reason
+    assert not norm_small.takes(shape, dtype, (3,) * 9, (1,) * 9)
+    monkeypatch.setattr(norm_small, '_IMAGES', 3)
+    assert not norm_small.takes(shape, dtype, (size, 3), (1, 2))
 
 
 @pytest.mark.parametrize('batch, pixels', [(64, 56 * 56), (64, 49), (1, 320 * 200), (5, 14 * 14)])
@@ -325,13 +392,16 @@ def test_norm_branches_plan(batch, pixels):
     assert plan['programs'] == -(-batch * 64 // (1024 // width)) * -(-pixels // width)
 
 
-def test_norm_branches_without_input_gradient():
-    args = norm_arguments((2, 1, 4, 5))
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_norm_branches_without_input_gradient(dtype):
+    args = norm_arguments((2, 1, 4, 5), dtype)
     args[0].requires_grad_(False)
     out, mean, var = norm_branches(*args)
     assert not mean.requires_grad and not var.requires_grad
-    found = torch.autograd.grad(out.square().sum(), args[1:])
-    expected = torch.autograd.grad(norm_branches(*args, backend='reference')[0].square().sum(), args[1:])
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    found = torch.autograd.grad(out, args[1:], cotangent)
+    wide = [args[0].float(), *args[1:]]
+    expected = torch.autograd.grad(norm_branches(*wide, backend='reference')[0], args[1:], cotangent.float())
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
@@ -346,25 +416,47 @@ def test_norm_branches_second_derivative():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
 
 
-def test_norm_branches_registered_as_torch_asks():
-    args = norm_arguments((2, 1, 4, 4))
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_norm_branches_registered_as_torch_asks(dtype):
+    args = norm_arguments((2, 1, 4, 4), dtype)
     n = len(NORMED)
     lists = (args[1 : n + 1], [d for _, d in NORMED], args[n + 1 : 2 * n + 1], args[2 * n + 1 :], [1e-5] * n)
     checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
     torch.library.opcheck(norm._norm_branches, (args[0], *lists), test_utils=checks)
     x = args[0].detach()
     lists = [[t.detach() if isinstance(t, torch.Tensor) else t for t in values] for values in lists]
-    out, mean, var, y = norm._norm_branches(x, *lists)
+    out, mean, var, *kept = norm._norm_branches(x, *lists)
     for wanted in (True, False):
-        inputs = (torch.randn_like(out), x, y, mean, var, *lists, wanted)
+        inputs = (torch.randn_like(out), x, kept, mean, var, *lists, wanted)
         torch.library.opcheck(norm._gradients, inputs, test_utils=checks)
 
 
-def test_norm_branches_traced():
-    args = norm_arguments((2, 2, 4, 6))
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_norm_branches_traced(dtype):
+    args = norm_arguments((2, 2, 4, 6), dtype)
     compiled = torch.compile(norm_branches, fullgraph=True, backend='aot_eager')
     for a, b in zip(compiled(*args), norm_branches(*args)):
         torch.testing.assert_close(a, b)
     found, expected = (torch.autograd.grad(f(*args)[0].square().sum(), args) for f in (compiled, norm_branches))
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
+def test_norm_branches_cuda_graph():
+    args = norm_arguments((4, 3, 14, 14), torch.float16)
+    cotangent = torch.randn_like(args[0])
+
+    def step():
+        out = norm_branches(*args)
+        return (*out, *torch.autograd.grad(out[0], args, cotangent))
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        args[0].copy_(torch.randn_like(args[0]))
+    graph.replay()
+    for a, b in zip(found, step()):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

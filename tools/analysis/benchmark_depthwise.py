@@ -3,6 +3,7 @@
     python tools/analysis/benchmark_depthwise.py                     # check, time; a wrong result is not timed
     python tools/analysis/benchmark_depthwise.py --only check time tune
     python tools/analysis/benchmark_depthwise.py --only time --dtype float32 --json depthwise.json
+    python tools/analysis/benchmark_depthwise.py --only layers       # all branches with their norms
     python tools/analysis/benchmark_depthwise.py --only resources    # what the compiler makes of it; needs no GPU
 
 Times are medians in microseconds of calls replayed from a CUDA graph: as in a compiled network, without launches from
@@ -12,7 +13,9 @@ a second; ``tc``, the products that the kernels do, zeros and padding included, 
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -28,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch  # noqa: E402
 
-from mmoverlock.ops import depthwise_conv2d  # noqa: E402
+from mmoverlock.ops import depthwise_conv2d, depthwise_conv2d_norm_branches  # noqa: E402
+from mmoverlock.ops.depthwise import norm_small  # noqa: E402
 from mmoverlock.ops.depthwise import triton as fused  # noqa: E402
 
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
@@ -72,6 +76,18 @@ CHECKS = [
     ((2, 2, 40, 40), 1, 1),
 ]
 BRIEF = (0, 2, 3, 6, 8, 9, 10)  # of CHECKS, for the other types
+# (B, C, H, W) and the kernel whose branches, as models.layers has them, are trained with it
+LAYERS = {
+    'T 224 /16, 64': ((64, 256, 14, 14), 13),
+    'T 224 /32, 64': ((64, 512, 7, 7), 7),
+    'T 224 /8, 64': ((64, 128, 28, 28), 15),
+    'T 224 /4, 64': ((64, 64, 56, 56), 17),
+    'T 224 /16, 128': ((128, 256, 14, 14), 13),
+}
+LAYER_CHECKS = [
+    *list(LAYERS.values())[:2], ((5, 3, 16, 16), 15), ((67, 4, 14, 14), 13), ((3, 5, 7, 12), 13),
+    ((2, 3, 9, 4), 15), ((65, 3, 8, 8), 7), ((1, 2, 16, 11), 9),
+]  # fmt: skip
 
 
 def draw(shape, size, dtype, parameters=torch.float32, channels_last=False, seed=0):
@@ -285,6 +301,116 @@ def profile(cases, dtype):
             print(f'{name:16}{form:8}', *(f'{e.key[:24]} {e.device_time_total / 5:.1f}' for e in events), flush=True)
 
 
+def draw_layer(shape, size, dtype, seed=0):
+    """Random map, whose channels lie far from zero, and branches: (k, dilation) of each, weights, gammas, betas."""
+    from mmoverlock.models.layers import BRANCHES
+
+    generator = torch.Generator('cuda').manual_seed(seed)
+
+    def normal(*sizes):
+        return torch.randn(*sizes, generator=generator, device='cuda')
+
+    branches, channels = ((size, 1), *BRANCHES[size]), shape[1]
+    x = (normal(*shape) + (torch.arange(channels, device='cuda') % 5).view(1, -1, 1, 1)).to(dtype)
+    weights = [normal(channels, 1, k, k) / k for k, _ in branches]
+    norms = [normal(channels) for _ in range(2 * len(branches))]
+    return branches, [t.requires_grad_() for t in (x, *weights, *norms)]
+
+
+def run_layer(branches, args, backend='triton'):
+    """Output, means, variances."""
+    n = len(branches)
+    x, weights, gammas, betas = args[0], args[1 : n + 1], args[n + 1 : 2 * n + 1], args[2 * n + 1 :]
+    return depthwise_conv2d_norm_branches(x, weights, [d for _, d in branches], gammas, betas, [1e-5] * n, backend)
+
+
+@contextlib.contextmanager
+def branch_by_branch():
+    """The form for large maps, in which every branch's map is made, on all maps."""
+    kept, norm_small.takes = norm_small.takes, lambda *args: False
+    try:
+        yield
+    finally:
+        norm_small.takes = kept
+
+
+def check_layer(shape, size, dtype):
+    """Errors of output, means, variances and gradients of map, weights, gammas, betas; NaN if two runs differ."""
+    branches, args = draw_layer(shape, size, dtype)
+    exact = [a.detach().double().requires_grad_() for a in args]
+    expected = run_layer(branches, exact, 'reference')
+    cotangent = torch.randn(shape, device='cuda').to(dtype)
+    expected = *expected, *torch.autograd.grad(expected[0], exact, cotangent.double())
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        runs = []
+        for _ in range(2):
+            out = run_layer(branches, args)
+            runs.append((*out, *torch.autograd.grad(out[0], args, cotangent)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    errors = []
+    for ours, again, right in zip(*runs, expected):
+        error = ((ours.double() - right).norm() / right.norm()).item()
+        errors.append(error if torch.equal(ours, again) else float('nan'))
+    n = len(branches)
+    weights, gammas, betas = errors[4 : 4 + n], errors[4 + n : 4 + 2 * n], errors[4 + 2 * n :]
+    return [*errors[:4], *map(max, (weights, gammas, betas))]
+
+
+def _check_layer_run(run):
+    norm_small._IMAGES = 1  # this process checks only: small maps of few images go the way of many
+    try:
+        return check_layer(*run)
+    except Exception as problem:
+        return f'{type(problem).__name__}: {str(problem)[:300]}'
+
+
+def report_layers(runs, results):
+    """Prints the errors of layers; returns whether every one is within its tolerance."""
+    passed = True
+    print(f'{"layers":40}', *(f'{n:>8}' for n in 'out mean var map weights gammas betas'.split()))
+    for (shape, size, dtype), errors in zip(runs, results):
+        label = f'{shape!s:22} {size:2} {str(dtype)[6:]:9}'
+        if isinstance(errors, str):
+            print(label, 'BAD', errors, flush=True)
+            passed = False
+            continue
+        good = all(e <= TOLERANCE[dtype] for e in errors)
+        passed &= good
+        print(f'{label} {"" if good else "BAD":4}', *(f'{e:8.1e}' for e in errors), flush=True)
+    print('check of layers', 'passed' if passed else 'FAILED', flush=True)
+    return passed
+
+
+def time_layers(dtype):
+    """Times layers, forward and with their backward pass, in both forms, and prints the kernels of each."""
+    print(f'{str(dtype)[6:]:28}{"":10} forward    both kept MiB | branch by branch')
+    for name, (shape, size) in LAYERS.items():
+        branches, args = draw_layer(shape, size, dtype)
+        cotangent = torch.randn(shape, device='cuda').to(dtype)
+        forward = functools.partial(run_layer, branches, args)
+        both = functools.partial(lambda run, *rest: torch.autograd.grad(run()[0], *rest), forward, args, cotangent)
+        times, kernels = [], []
+        for form in (contextlib.nullcontext, branch_by_branch):
+            with form():
+                before = torch.cuda.memory_allocated()
+                out = forward()
+                room = (torch.cuda.memory_allocated() - before) / 2**20
+                del out
+                times += [median(forward), median(both), room]
+                with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as prof:
+                    for _ in range(5):
+                        both()
+                    torch.cuda.synchronize()
+            events = sorted(prof.key_averages(), key=lambda e: -e.device_time_total)
+            kernels.append([f'{e.key[:26]} {e.device_time_total / 5:.1f} ({e.count // 5})' for e in events])
+        print(f'{name:16}{shape!s:22}', *(f'{t:8.1f}' for t in times), flush=True)
+        for events in kernels:
+            print('   ', *events, sep='  ', flush=True)
+
+
 def resources(cases, dtype, capability=90):
     """Compiles the kernels for a GPU that need not be there; prints registers, local memory, instructions."""
     import triton
@@ -336,7 +462,7 @@ def resources(cases, dtype, capability=90):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ('check', 'time', 'tune', 'profile', 'resources')
+    parts = ('check', 'time', 'tune', 'profile', 'layers', 'resources')
     parser.add_argument('--only', nargs='+', choices=parts, default=['check', 'time'])
     parser.add_argument('--cases', nargs='+', choices=list(CASES), default=list(CASES))
     parser.add_argument('--tune-cases', nargs='+', choices=list(CASES), default=list(CASES)[:5])
@@ -358,11 +484,16 @@ def main():
     if 'tune' in args.only:
         warm += [(case, dtype, form, option) for case in tuned.values() for form, option in TRIALS]
     runs = check_runs() if 'check' in args.only else []
+    layer_runs = []
+    if 'layers' in args.only:
+        layer_runs = [(*c, d) for d in (torch.float16, torch.bfloat16) for c in LAYER_CHECKS]
     workers = max(1, min(15, os.cpu_count() or 2))
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
+        layered = pool.map(_check_layer_run, layer_runs)
         checked, warmed = pool.map(_check_run, runs), pool.map(_warm, warm)
         passed = report_check(runs, checked) if runs else True
         list(warmed)
+        passed &= report_layers(layer_runs, layered) if layer_runs else True
     print(f'{time.perf_counter() - begin:.0f} s for checking and compiling', flush=True)
     rows = []
     if passed and 'time' in args.only:
@@ -371,6 +502,8 @@ def main():
         profile(cases, dtype)
     if passed and 'tune' in args.only:
         tune(tuned, dtype)
+    if passed and 'layers' in args.only:
+        time_layers(dtype)
     if args.json:
         Path(args.json).write_text(json.dumps(dict(device=torch.cuda.get_device_name(), times=rows), indent=1))
     print(f'{time.perf_counter() - begin:.0f} s in all', flush=True)

@@ -1,6 +1,7 @@
 """Parallel depthwise convolutions with a batch norm each, summed: a re-parameterised large kernel while it trains.
 
 The convolutions are those of ``triton``; the kernels of the norms, for all branches at once, are in ``norm_kernels``.
+Small maps in half precision go another way, ``norm_small``.
 """
 
 from functools import lru_cache
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..triton_common import compute_input, definition_gradients, differentiated_again, on, power_of_two
+from . import norm_small
 from .reference import depthwise_conv2d_reference
 from .triton import _launch_conv, _launch_weight_grad, refuse_branches
 
@@ -47,7 +49,7 @@ def norm_branches_triton(x, weights, dilations, gammas, betas, eps) -> Tuple[Ten
 
     Computes in the type of ``x``, or in that of autocast. Sums, statistics and what is between them are float32.
     """
-    out, mean, var, _ = torch.ops.mmoverlock.depthwise_conv2d_norm_branches(
+    out, mean, var, *_ = torch.ops.mmoverlock.depthwise_conv2d_norm_branches(
         compute_input(x, torch.contiguous_format), *map(list, (weights, dilations, gammas, betas, eps))
     )
     return out, mean, var
@@ -91,14 +93,20 @@ def _eps(y: Tensor, eps: Sequence[float]) -> Tensor:
     return torch.stack([torch.full((), e, dtype=torch.float32, device=y.device) for e in eps])
 
 
+def _small(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> bool:
+    return norm_small.takes(x.shape, x.dtype, [w.shape[-1] for w in weights], dilations)
+
+
 @torch.library.custom_op('mmoverlock::depthwise_conv2d_norm_branches', mutates_args=())
 def _norm_branches(
     x: Tensor, weights: List[Tensor], dilations: List[int], gammas: List[Tensor], betas: List[Tensor], eps: List[float]
 ) -> List[Tensor]:
-    """The output, mean and variance of every branch, and the branches' maps, which the backward pass needs."""
+    """The output, mean and variance of every branch, and what the backward pass needs: the maps, or ``kept``."""
+    x = x.contiguous()
+    if _small(x, weights, dilations):
+        return norm_small.forward(x, weights, dilations, gammas, betas, eps)
     from .norm_kernels import branch_statistics_kernel, branch_sum_kernel
 
-    x = x.contiguous()
     (batch, channels, *_), branches = x.shape, len(weights)
     y = x.new_empty((branches, *x.shape))
     for out, weight, dilation in zip(y.unbind(0), weights, dilations):
@@ -122,18 +130,26 @@ def _norm_branches(
 def _(x, weights, dilations, gammas, betas, eps):
     branches, channels = len(weights), x.shape[1]
     statistics = [x.new_empty((branches, channels), dtype=torch.float32) for _ in range(2)]
-    return [x.new_empty(x.shape), *statistics, x.new_empty((branches, *x.shape))]
+    small = _small(x, weights, dilations)
+    kept = norm_small.kept(x, weights, dilations) if small else [x.new_empty((branches, *x.shape))]
+    return [x.new_empty(x.shape), *statistics, *kept]
 
 
 @torch.library.custom_op('mmoverlock::depthwise_conv2d_norm_branches_backward', mutates_args=())
 def _gradients(
-    grad: Tensor, x: Tensor, y: Tensor, mean: Tensor, var: Tensor, weights: List[Tensor], dilations: List[int],
+    grad: Tensor, x: Tensor, kept: List[Tensor], mean: Tensor, var: Tensor, weights: List[Tensor], dilations: List[int],
     gammas: List[Tensor], betas: List[Tensor], eps: List[float], input_grad: bool,
 ) -> List[Tensor]:  # fmt: skip
-    """Gradients of the weights; of gammas and betas, (2, n, C) in float32; and at last that of the map if wanted."""
+    """Gradients of the weights; of gammas and betas, (2, n, C) in float32; and at last that of the map if wanted.
+
+    Those of the weights are one tensor each, or on small maps one for all of them, one after another, in float32.
+    """
+    grad, x = grad.contiguous(), x.contiguous()
+    if _small(x, weights, dilations):
+        return norm_small.backward(grad, x, kept, mean, var, weights, dilations, eps, input_grad)
     from .norm_kernels import branch_grad_kernel, branch_slopes_kernel
 
-    grad, x = grad.contiguous(), x.contiguous()
+    (y,) = kept
     (batch, channels, *_), branches = x.shape, len(weights)
     p = plan(x.shape, branches)
     slopes = x.new_empty((3, branches, channels), dtype=torch.float32)
@@ -156,24 +172,28 @@ def _gradients(
 
 
 @_gradients.register_fake
-def _(grad, x, y, mean, var, weights, dilations, gammas, betas, eps, input_grad):
-    found = [w.new_empty(w.shape) for w in weights]
+def _(grad, x, kept, mean, var, weights, dilations, gammas, betas, eps, input_grad):
+    if _small(x, weights, dilations):
+        found = [x.new_empty((sum(w.numel() for w in weights),), dtype=torch.float32)]
+    else:
+        found = [w.new_empty(w.shape) for w in weights]
     found.append(x.new_empty((2, len(weights), x.shape[1]), dtype=torch.float32))
     return [*found, x.new_empty(x.shape)] if input_grad else found
 
 
 def _save(ctx, inputs, output) -> None:
     x, weights, dilations, gammas, betas, eps = inputs
-    _, mean, var, y = output
+    _, mean, var, *kept = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, y, mean, var, *weights, *gammas, *betas)
+    ctx.save_for_backward(x, mean, var, *weights, *gammas, *betas, *kept)
     ctx.dilations, ctx.eps = dilations, eps
     ctx.input_grad = x.requires_grad
 
 
 def _backward(ctx, grads: List[Optional[Tensor]]):
-    x, y, mean, var, *parameters = ctx.saved_tensors
+    x, mean, var, *parameters = ctx.saved_tensors
     count = len(ctx.dilations)
+    parameters, kept = parameters[: 3 * count], parameters[3 * count :]
     weights, gammas, betas = (parameters[i * count : (i + 1) * count] for i in range(3))
     if differentiated_again():
         out, _, _ = norm_branches_reference(x, weights, ctx.dilations, gammas, betas, ctx.eps)
@@ -181,9 +201,12 @@ def _backward(ctx, grads: List[Optional[Tensor]]):
     else:
         # The layout is chosen here, where torch.compile can make it part of what computes the gradient.
         *rest, last = torch.ops.mmoverlock.depthwise_conv2d_norm_branches_backward(
-            grads[0].contiguous(), x, y, mean, var, weights, ctx.dilations, gammas, betas, ctx.eps, ctx.input_grad
+            grads[0].contiguous(), x, kept, mean, var, weights, ctx.dilations, gammas, betas, ctx.eps, ctx.input_grad
         )
         dx, dnorms = (last, rest.pop()) if ctx.input_grad else (None, last)
+        if _small(x, weights, ctx.dilations):
+            parts = rest[0].split([w.numel() for w in weights])
+            rest = [part.view(w.shape).to(w.dtype) for part, w in zip(parts, weights)]
         rest += [g.to(t.dtype) for g, t in zip(dnorms.flatten(0, 1), (*gammas, *betas))]
     return dx, rest[:count], None, rest[count : 2 * count], rest[2 * count :], None
 
