@@ -7,7 +7,7 @@ import torch
 from common import OnGpu, run_interpreted
 
 from mmoverlock.ops import BackendError, available_backends, contmix, triton_common
-from mmoverlock.ops.contmix import shared
+from mmoverlock.ops.contmix import general, shared
 from mmoverlock.ops.contmix import triton as fused
 
 KERNEL_TESTS = Path(__file__).with_name('test_contmix_triton_kernels.py')
@@ -78,13 +78,15 @@ def test_order_of_preference():
 def test_backward_memory_is_planned(shape):
     """The gradients of M, the largest temporaries, stay a few hundredths of one logits tensor (or of megabytes)."""
     batch, groups, dim, height, width, small, large = shape
-    plan = fused._Plan(batch, groups, height, width, dim, dim, (small, large))
-    logits = 4 * batch * groups * height * width * plan.logits
-    chunk = fused._Plan(plan.chunk(), groups, height, width, dim, dim, (small, large))
-    parts = -(-height // chunk.rows()) * plan.tiles
-    products = 4 * chunk.batch * groups * dim * plan.logits
-    assert products * (parts if parts > 1 else 0) <= max(0.05 * logits, fused.TUNING.floor)
-    assert products <= max(0.05 * logits, fused.TUNING.floor)
+    plan = general.Plan(batch, groups, height, width, dim, dim, (small, large))
+    chunk = plan.chunk()
+    splits, bands = plan.cut(chunk)
+    columns, partials = sum(plan.columns), plan.stripes * bands
+    products = 4 * chunk * groups * dim * columns
+    gradients = products * (partials + (partials > 1)) + 4 * splits * groups * partials * (plan.places + columns)
+    sums = 2 * 4 * batch * groups * 2 * height * width
+    table = 4 * groups * large**2 * columns
+    assert products + gradients + sums + table <= max(0.125 * plan.logits_bytes, 4 * general.TUNING.floor)
 
 
 def test_memory_is_planned_where_windows_are_shared():

@@ -73,6 +73,9 @@ SHAPES = [
     (1, 3, 3, 5, 17, 3, 5, 6, 5),  # H is the window, one pixel more than a tile
     (2, 1, 17, 7, 5, 1, 5, 1, 2),  # W is the window, one cell, a window of one pixel, more than 16 channels
     (1, 1, 2, 10, 9, 5, 9, 4, 3),  # more than eight rows in a window
+    (1, 1, 2, 22, 5, 1, 3, 4, 2),  # rows away from the borders, which are summed together
+    (1, 1, 2, 11, 13, 5, 9, 4, 3),  # windows in rows of eight and of sixteen places
+    (1, 1, 2, 5, 33, 3, 5, 4, 2),  # values that more than 32 columns of positions would look at, were it wider
 ]
 
 
@@ -124,14 +127,17 @@ def test_batch_in_chunks_and_map_in_bands(monkeypatch):
     """What keeps memory small on the way back changes nothing but the order of sums."""
     import dataclasses
 
-    from mmoverlock.ops.contmix import triton
+    from mmoverlock.ops.contmix import general
 
-    args = arguments(2, 1, 2, 5, 18, 1, 3, 4, 2)
+    args = arguments(2, 1, 2, 9, 18, 1, 3, 4, 2)
     cotangent = torch.randn_like(args[-1])
     whole = torch.autograd.grad(fused(*args), args, cotangent)
-    monkeypatch.setattr(triton, 'TUNING', dataclasses.replace(triton.TUNING, share=0.0, floor=80))
-    monkeypatch.setattr(triton._Plan, 'rows', lambda self: 3)
-    assert triton._Plan.of(args[0], args[4], args[5], args[6]).chunk() == 1
+    monkeypatch.setattr(general.Plan, 'cut', lambda self, batch: (batch, 2))
+    for a, b in zip(torch.autograd.grad(fused(*args), args, cotangent), whole):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    monkeypatch.undo()
+    monkeypatch.setattr(general, 'TUNING', dataclasses.replace(general.TUNING, share=0.0, floor=80))
+    assert general.Plan.of(args[0], args[4], args[5], args[6]).chunk() == 1
     for a, b in zip(torch.autograd.grad(fused(*args), args, cotangent), whole):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

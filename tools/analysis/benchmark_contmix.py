@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from mmoverlock.ops.contmix import contmix, reference, shared  # noqa: E402
+from mmoverlock.ops.contmix import contmix, general, reference, shared  # noqa: E402
 from mmoverlock.ops.contmix import triton as fused  # noqa: E402
 
 NAMES = ('query', 'key', 'weight', 'bias', 'rpb1', 'rpb2', 'value')
@@ -311,9 +311,8 @@ def profile(cases, dtype=torch.float16):
         sys.stdout.flush()
 
 
-TRIALS = [dict(warps=(w, w, w)) for w in (1, 2, 4, 8, 16)]
-TRIALS += [dict(warps=(w, w, w), rows=r) for w in (1, 2, 4) for r in (2, 4, 8)]
-TRIALS += [dict(warps=(4, 8, 4), rows=8, columns=16), dict(programs=256), dict(programs=1024)]
+TRIALS = [dict(segments=(s,) * 4, stages=(n,) * 4) for s in (2, 4, 8) for n in (1, 2, 3)]
+TRIALS += [dict(registers=(n,) * 4) for n in (96, 128)] + [dict(programs=n) for n in (256, 1024, 2048)]
 SHARED_KERNELS = ('forward', 'query', 'value', 'table', 'product')
 SHARED_TRIALS = [dict()] + [
     dict.fromkeys(SHARED_KERNELS, (columns, warps, registers))
@@ -325,7 +324,7 @@ SHARED_TRIALS += [dict(cells=32), dict(share=0.024), dict(share=1.0), dict(sums=
 
 def _kind(shape):
     """The module whose launch parameters serve a shape, and what to try for them."""
-    return (shared, SHARED_TRIALS) if shared.takes(*shape[3:5], shape[6]) else (fused, TRIALS)
+    return (shared, SHARED_TRIALS) if shared.takes(*shape[3:5], shape[6]) else (general, TRIALS)
 
 
 def _warm(shape, option):
@@ -394,6 +393,9 @@ def plot(rows, path):
 
 
 HALVES = ('q', 'v', 'g', 'out', 'dq', 'dv', 'key', 'dkey')
+# Strides of one: where the channels are contiguous, and where the columns are.
+LAST = ('sqd', 'svc', 'soc', 'sgc', 'sdd', 'sdc')
+FIRST = ('sqw', 'svw', 'sow', 'sgw', 'sdw', 'skl', 'sdl')
 
 
 def resources(cases, capability=90):
@@ -402,7 +404,7 @@ def resources(cases, capability=90):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from mmoverlock.ops.contmix import shared_kernels, triton_kernels
+    from mmoverlock.ops.contmix import general_kernels, shared_kernels
 
     cuobjdump = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
     print(f'{"case":18} {"kernel":26} warps registers local shared instructions  of which loops')
@@ -419,22 +421,23 @@ def resources(cases, capability=90):
             kernels = [f'contmix_shared_{k}_kernel' for k in (*names.values(), 'product', 'key_grad')]
             warps = [known['num_warps'] for known in constants]
         else:
-            module, warps = triton_kernels, fused.TUNING.warps
-            kernels = ['contmix_forward_kernel', 'contmix_query_grad_kernel', 'contmix_value_grad_kernel']
-            plan = fused._Plan(batch, groups, height, width, dim, channels, (small, large))
-            known = {k: v for k, v in plan.common(True, torch.empty(1, 1)).items() if not k.startswith('num_')}
-            tables = (plan.places(8), {**plan.places(16), **plan.diagonals()}, plan.blocks())
-            constants = [{**known, **table} for table in tables]
+            module, warps = general_kernels, general.TUNING.segments
+            kernels = [f'contmix_{k}_kernel' for k in ('forward', 'query_grad', 'value_grad', 'product_grad')]
+            known = general.Plan(batch, groups, height, width, dim, channels, (small, large)).constants(
+                torch.float16, torch.empty(1, 1)
+            )
+            constants = [dict(known, S=segments) for segments in general.TUNING.segments]
         for label, known, count in zip(kernels, constants, warps):
             kernel = getattr(module, label)
             signature, values, hints = {}, {}, {}
             for place, argument in enumerate(kernel.arg_names):
-                if argument in known or argument in ('sqw', 'svw', 'sow', 'sgw', 'sdw', 'skl', 'sdl'):
+                if argument in known or argument in (LAST if module is general_kernels else FIRST):
                     signature[argument], values[(place,)] = 'constexpr', known.get(argument, 1)
                 elif argument in module._SIZES or (len(argument) == 3 and argument[0] == 's'):
                     signature[argument] = 'i32'
                 else:
-                    signature[argument] = '*fp16' if argument in HALVES else '*fp32'
+                    halves = (*HALVES, 'm') if module is general_kernels else HALVES
+                    signature[argument] = '*fp16' if argument in halves else '*fp32'
                     hints[(place,)] = [['tt.divisibility', 16]]
             source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
             options = dict(num_warps=count, num_stages=1, maxnreg=known.get('maxnreg'))

@@ -18,17 +18,38 @@ values, BD and BE padded. Tiles past the last position repeat it, with no weight
 ``..._t`` has channels along its rows.
 """
 
-import os
-
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
-from .triton_kernels import _dot, _index, _split, _start
+from .general_kernels import _exp, _start
 
-_INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 # Compiled once for all batches and heads; but for each of the four maps that a window has, where this saves divisions.
 _SIZES = ('G', 'D', 'E', 'BATCH', 'SPLITS1', 'SPLITS2', 'ADD', 'ROWS', 'L', 'PARTS', 'STEP')
+
+
+@triton.jit
+def _split(x):
+    """x as the sum of two numbers that tensor cores read without loss: 11 and the next 11 to 12 bits of it."""
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def _dot(x, y, HALF: tl.constexpr):
+    """x @ y of fp32 operands: to the precision of the outputs in half precision, to fp32's otherwise."""
+    if HALF:
+        return tl.dot(x, y, input_precision='tf32')
+    else:
+        return tl.dot(x, y, input_precision='tf32x3')
+
+
+@triton.jit
+def _index(N: tl.constexpr, WIDE: tl.constexpr):
+    """0 ... N - 1; in int64 when a stride is so large that a tile spans more than 2**31 elements."""
+    if WIDE:
+        return tl.arange(0, N).to(tl.int64)
+    else:
+        return tl.arange(0, N)
 
 
 @triton.jit
@@ -43,15 +64,6 @@ def _logits(q_t, m, bias, HALF: tl.constexpr):
         return tl.dot(q, high, tl.dot(q, low, bias, input_precision='tf32'), input_precision='tf32')
     else:
         return tl.dot(q, m, input_precision='ieee') + bias
-
-
-@triton.jit
-def _exp(x):
-    """The exponential as one instruction: it need not be right where it is below 1e-38, which costs three more."""
-    if _INTERPRETED:
-        return tl.exp(x)
-    else:
-        return libdevice.fast_expf(x)
 
 
 @triton.jit
@@ -94,12 +106,6 @@ def _store(x, y, i, j, sc, sh, sw, C, mask, BC: tl.constexpr, WIDE: tl.constexpr
         j = j.to(tl.int64)
     offsets = (i * sh + j * sw)[:, None] + (c * sc)[None, :]
     tl.store(x + offsets, y.to(x.dtype.element_ty), mask=mask[:, None] & (c < C)[None, :])
-
-
-@triton.jit
-def _load_m(m, n, D, N: tl.constexpr, BD: tl.constexpr):
-    d = tl.arange(0, BD)
-    return tl.trans(tl.load(m + n[:, None] + (d * N)[None, :], mask=(d < D)[None, :], other=0.0))
 
 
 @triton.jit
