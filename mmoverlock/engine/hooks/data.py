@@ -142,6 +142,10 @@ class _AlreadyAdvanced:
             return None
         return next(self._iterator)
 
+    def skip_iter(self, num_iters: int) -> None:
+        """As onedl-mmengine's loop asks for the same thing."""
+        self._calls = max(0, self._calls - num_iters)
+
 
 class _KeyedBatches:
     """A batch sampler's batches from the ``skip``-th on, each index with the key of its random numbers."""
