@@ -92,6 +92,8 @@ class NonFiniteGuardHook(Hook):
         self.total = int(runner.message_hub.runtime_info.get('skipped_steps', 0))
         self.consecutive = 0
         self._saved: List[Tensor] = []
+        self._seen: List[Tensor] = []
+        self._find_buffers()
         self._stepped = True
         wrapper = runner.optim_wrapper
         self._wrappers = list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
@@ -102,17 +104,37 @@ class NonFiniteGuardHook(Hook):
         """Steps aside."""
         for wrapper in self._wrappers:
             wrapper.__dict__.pop('step', None)
-        self._wrappers, self._saved = [], []
+        self._wrappers, self._saved, self._seen, self._slots = [], [], [], []
+
+    def before_train_epoch(self, runner) -> None:
+        """Another hook may have changed the model."""
+        self._find_buffers()
+
+    def after_val(self, runner) -> None:
+        """Likewise, where training is by iterations."""
+        if self._wrappers:
+            self._find_buffers()
 
     def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
         """Keeps the buffers as they were before the first forward pass of a step (accumulation has several)."""
         if self._stepped:
-            buffers = list(self.model.buffers())
-            if [_kind(b) for b in buffers] == [_kind(s) for s in self._saved]:
+            buffers = self._buffers()
+            same = len(buffers) == len(self._seen) and all(a is b for a, b in zip(buffers, self._seen))
+            if same or [_kind(b) for b in buffers] == [_kind(s) for s in self._saved]:
                 _copy(self._saved, buffers)
-            else:  # the first time, or another hook has changed the model
+            else:  # the first time, or the model has been changed
                 self._saved = [b.detach().clone() for b in buffers]
+            self._seen = buffers
             self._stepped = False
+
+    def _find_buffers(self) -> None:
+        """Notes where the model has buffers: going through its modules at every step would take the host longer."""
+        self._slots = [(module._buffers, name) for module in self.model.modules() for name in module._buffers]
+
+    def _buffers(self) -> List[Tensor]:
+        """The model's buffers."""
+        found = (slots.get(name) for slots, name in self._slots)
+        return list({id(b): b for b in found if b is not None}.values())
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Logs the count of skipped steps."""
@@ -135,7 +157,7 @@ class NonFiniteGuardHook(Hook):
                 scaler.step(wrapper.optimizer)  # which it skips
                 scaler.update(getattr(wrapper, '_scale_update_param', None))
                 scale = f'; loss scale {before:g} -> {scaler.get_scale():g}'
-            _copy(list(self.model.buffers()), self._saved)
+            _copy(self._buffers(), self._saved)
             self._count(what, scale)
 
         return step
@@ -144,7 +166,7 @@ class NonFiniteGuardHook(Hook):
         """Whether gradients and buffers have non-finite values, in any process."""
         parameters = [p for group in wrapper.optimizer.param_groups for p in group['params']]
         gradients = non_finite(p.grad for p in parameters if p.grad is not None)
-        flags = torch.stack([gradients, non_finite(self.model.buffers()).to(gradients.device)])
+        flags = torch.stack([gradients, non_finite(self._buffers()).to(gradients.device)])
         all_reduce(flags, op='max')  # a batch norm may break in one process alone; all must skip
         return tuple(bool(flag) for flag in flags.tolist())
 
