@@ -157,10 +157,13 @@ def text_of(dataset: DataSet, options, path: Path) -> str:
         segmentation=f'segmentation/overlock-{arch}_upernet_8xb2-160k_ade20k-512x512.py',
         classification=f'classification/overlock-{arch}_8xb256_in1k.py',
     )[dataset.task]
-    # Links are followed: '..' in a path means the folder that the disk has there.
-    folder = Path(os.path.realpath(path)).parent
+    folder = os.path.dirname(os.path.abspath(path))
     bases = [base, 'demo/_base_/shapes.py'] if options.arch == DEMO else [base]
-    bases = [repr(Path(os.path.relpath(CONFIGS / b, folder)).as_posix()) for b in bases]
+    bases = [str(CONFIGS / b) for b in bases]
+    # With a link on the way, '..' is one folder to who comes by the link and another to who comes by the disk's path.
+    if folder == os.path.realpath(folder):
+        bases = [os.path.relpath(b, folder) for b in bases]
+    bases = [repr(Path(b).as_posix()) for b in bases]
     bases = bases[0] if len(bases) == 1 else '[\n    ' + ',\n    '.join(bases) + ',\n]'
     pictures = ' + '.join(f'{n} {split}' for split, n in dataset.counts.items())
     head = f"""\

@@ -473,14 +473,21 @@ def test_config(form, tmp_path, monkeypatch):
     """Classes in every head, the data where it was written, paths through links."""
     from mmengine.config import Config
 
+    from mmoverlock.dataprep import configs
+
     monkeypatch.chdir(tmp_path)
     getattr(labelled, form)(tmp_path / 'in')
     os.makedirs(tmp_path / 'disk/deep')
     (tmp_path / 'data').symlink_to('disk/deep')
+    # Beside the data: a '..' too many ends above it, and not in the root, where one more does no harm.
+    (tmp_path / 'checkout').mkdir()
+    (tmp_path / 'checkout/configs').symlink_to(configs.CONFIGS)
+    monkeypatch.setattr(configs, 'CONFIGS', tmp_path / 'checkout/configs')
     number = 3 if form == 'masks' else 2
     options = Options(classes=list(COLOURS) if form == 'masks' else None, pretrained='mine.pth', arch='t')
     result = convert(form, 'in', 'data/out', options)
     cfg = Config.fromfile(result.config)
+    assert Config.fromfile(os.path.realpath(result.config)).model == cfg.model
 
     def find(node, key):
         if isinstance(node, dict):

@@ -8,8 +8,10 @@ import multiprocessing
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
@@ -228,3 +230,13 @@ def losses(work):
     """Iteration to loss, the exact number; of an iteration that ran twice, the last."""
     lines = (Path(work) / 'losses.txt').read_text().split()
     return dict(zip(lines[::2], lines[1::2]))
+
+
+def inside_a_tensor(checkpoint):
+    """Offset of a byte amid the largest tensor of a checkpoint: others may be padding, which nobody reads."""
+    with zipfile.ZipFile(checkpoint) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    with open(checkpoint, 'rb') as file:
+        file.seek(largest.header_offset + 26)
+        name, extra = struct.unpack('<HH', file.read(4))
+    return largest.header_offset + 30 + name + extra + largest.file_size // 2
