@@ -423,10 +423,9 @@ def resources(cases, capability=90):
         else:
             module, warps = general_kernels, general.TUNING.segments
             kernels = [f'contmix_{k}_kernel' for k in ('forward', 'query_grad', 'value_grad', 'product_grad')]
-            known = general.Plan(batch, groups, height, width, dim, channels, (small, large)).constants(
-                torch.float16, torch.empty(1, 1)
-            )
-            constants = [dict(known, S=segments) for segments in general.TUNING.segments]
+            plan = general.Plan(batch, groups, height, width, dim, channels, (small, large))
+            known = plan.constants(torch.float16, torch.empty(1, 1))
+            constants = [dict(known, **plan.launch(n)) for n in range(len(kernels))]
         for label, known, count in zip(kernels, constants, warps):
             kernel = getattr(module, label)
             signature, values, hints = {}, {}, {}
@@ -440,7 +439,7 @@ def resources(cases, capability=90):
                     signature[argument] = '*fp16' if argument in halves else '*fp32'
                     hints[(place,)] = [['tt.divisibility', 16]]
             source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
-            options = dict(num_warps=count, num_stages=1, maxnreg=known.get('maxnreg'))
+            options = dict(num_warps=count, num_stages=known.get('num_stages', 1), maxnreg=known.get('maxnreg'))
             compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
             with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
                 Path(file.name).write_bytes(compiled.asm['cubin'])
