@@ -238,11 +238,13 @@ def _chunk_backward(plan, grad, query, products, scale, tables, value, out, lse,
         *query.stride(), *value.stride(), *grad.stride(), *shape, batch, step, plan.stripes, bands, rows, heads,
         **constants, **plan.launch(3),
     )  # fmt: skip
+    bias_grad = _unpadded(dbias.sum((0, 1, 2)), plan)
+    del dbias, delta  # before more is made
     drpb = [scale.new_empty(plan.groups, 2 * window - 1, 2 * window - 1) for window in plan.windows]
     small, large = plan.windows
     kernels.contmix_position_bias_grad_kernel[(plan.groups * (2 * small + 2 * large - 2),)](
         shares, *drpb, plan.groups, partials, splits, K1=small, K2=large, BS=16, num_warps=2,
     )  # fmt: skip
-    del shares, delta  # before more is made
+    del shares
     dproducts = dproducts[0] if partials == 1 else dproducts.sum(0)
-    return [dproducts, _unpadded(dbias.sum((0, 1, 2)), plan), *drpb]
+    return [dproducts, bias_grad, *drpb]
