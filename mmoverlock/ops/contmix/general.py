@@ -68,7 +68,7 @@ class Plan(Sizes):
         return -(-self.height * self.stripes // TUNING.segments[kernel])
 
     @property
-    def windows_constants(self) -> dict:
+    def window_constants(self) -> dict:
         constants = {}
         for n, (window, pitch, columns) in enumerate(zip(self.windows, self.pitches, self.columns), 1):
             constants.update({f'K{n}': window, f'P{n}': pitch, f'N{n}': columns})
@@ -78,11 +78,11 @@ class Plan(Sizes):
         far = 64 * max(abs(s) for t in tensors for s in t.stride()[1:])
         last = max(abs(t.stride(-2)) * self.height + abs(t.stride(-1)) * self.width for t in tensors)
         return dict(
-            self.windows_constants,
+            self.window_constants,
             D=self.dim,
             E=self.channels,
-            BD=max(16, power_of_two(self.dim)),
-            BE=max(16, power_of_two(self.channels)),
+            BD=self.padded_dim,
+            BE=self.padded_channels,
             PARTS=_PARTS[dtype],
             WIDE=max(far, last) >= 2**31,
         )
@@ -161,8 +161,8 @@ def _products(key: Tensor, weight: Tensor, dtype: torch.dtype, plan: Plan) -> Tu
     scale = key.new_empty((batch, plan.groups, blocks), dtype=torch.float32)
     contmix_products_kernel[(batch * plan.groups * blocks,)](
         key, weight, products, scale, *key.stride(), plan.groups,
-        **plan.windows_constants, L=cells, BL=max(16, power_of_two(cells)), D=plan.dim,
-        BD=max(16, power_of_two(plan.dim)), PARTS=_PARTS[dtype], num_warps=1, num_stages=1,
+        **plan.window_constants, L=cells, BL=max(16, power_of_two(cells)), D=plan.dim,
+        BD=plan.padded_dim, PARTS=_PARTS[dtype], num_warps=1, num_stages=1,
     )  # fmt: skip
     return products, scale
 

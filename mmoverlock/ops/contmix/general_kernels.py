@@ -114,18 +114,15 @@ def _load_cells(v, r, c0, H, W, sc, sh, sw, E: tl.constexpr, R: tl.constexpr, BE
 
 
 @triton.jit
-def _load_parts(m, x, known, D: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr):
-    """(BD, columns) each: the parts of M's columns x that are known, high to low; the last again for want."""
-    d = tl.arange(0, BD)
-    at = (d * N)[:, None] + x[None, :]
-    known = (d < D)[:, None] & known[None, :]
+def _load_parts(m, at, known, far: tl.constexpr, PARTS: tl.constexpr):
+    """The parts of M at these places that are known, high to low, ``far`` from each other; the last again for want."""
     high = tl.load(m + at, mask=known, other=0.0)
     middle, low = high, high
     if PARTS > 1:
-        middle = tl.load(m + D * N + at, mask=known, other=0.0)
+        middle = tl.load(m + far + at, mask=known, other=0.0)
         low = middle
     if PARTS > 2:
-        low = tl.load(m + 2 * D * N + at, mask=known, other=0.0)
+        low = tl.load(m + 2 * far + at, mask=known, other=0.0)
     return high, middle, low
 
 
@@ -142,8 +139,22 @@ def _product(q, high, middle, low, factor, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _pick(x, index):
-    """x's elements at these places of it, flattened: through shared memory."""
+def _logits(
+    q, m, scale, table, n, known,
+    FIRST: tl.constexpr, D: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """(positions, n) logits of the columns n of a window that are known, -inf of others; and the columns' scale."""
+    d = tl.arange(0, BD)
+    at = (d * N)[:, None] + (FIRST + n)[None, :]
+    high, middle, low = _load_parts(m, at, (d < D)[:, None] & known[None, :], D * N, PARTS)
+    factor = tl.load(scale + (FIRST + n) // SEGMENT, mask=known, other=0.0)
+    biases = tl.load(table[:, None] + n[None, :], mask=known[None, :], other=float('-inf'))
+    return _product(q, high, middle, low, factor[None, :], PARTS) + biases, factor
+
+
+@triton.jit
+def _gather(x, index):
+    """x's elements at these places of it, flattened: the flat form makes Triton go through shared memory."""
     picked = tl.gather(tl.reshape(x, (x.numel,)), tl.reshape(index, (index.numel,)), 0)
     return tl.reshape(picked, index.shape)
 
@@ -192,17 +203,14 @@ def _window_forward(
         n = a * P + tl.arange(0, C)
         known = n < NK
         values = _load_cells(v, rows + a, cols, H, W, svc, svh, svw, E, R, BE, WIDE)
-        high, middle, low = _load_parts(m, FIRST + n, known, D, N, BD, PARTS)
-        factor = tl.load(scale + (FIRST + n) // SEGMENT, mask=known, other=0.0)
-        biases = tl.load(table[:, None] + n[None, :], mask=known[None, :], other=float('-inf'))
-        logits = _product(q, high, middle, low, factor[None, :], PARTS) + biases
+        logits, _ = _logits(q, m, scale, table, n, known, FIRST, D, N, BD, PARTS)
         higher = tl.maximum(top, tl.max(logits, 1))
         p = _exp(logits - higher[:, None])
         smaller = _exp(top - higher)
         total = total * smaller + tl.sum(p, 1)
         top = higher
         mixed = mixed * tl.reshape(smaller, (S, SEGMENT, 1))
-        mixed = _mix(_pick(p.to(values.dtype), index), values, mixed, S)
+        mixed = _mix(_gather(p.to(values.dtype), index), values, mixed, S)
     tl.store(lse + i * W + j, top + tl.log(total), mask=real)
     mixed = tl.reshape(mixed, (S * SEGMENT, BE)) / total[:, None]
     _store(out, mixed, i, j, soc, soh, sow, real, E, BE, WIDE)
@@ -265,7 +273,7 @@ def _dot(x, y, PARTS: tl.constexpr):
 def _weight_grad(g, values, index, S: tl.constexpr):
     """(positions, places): gradients of the weights, g (S, SEGMENT, BE) · values, from those of all cells."""
     products = tl.dot(g, tl.permute(values, (0, 2, 1)), input_precision='tf32x3')
-    return _pick(tl.reshape(products, (S * SEGMENT, products.shape[2])), index)
+    return _gather(tl.reshape(products, (S * SEGMENT, products.shape[2])), index)
 
 
 @triton.jit
@@ -298,10 +306,7 @@ def _window_query_grad(
         known = n < NK
         values = _load_cells(v, rows + a, cols, H, W, svc, svh, svw, E, R, BE, WIDE)
         dp = _weight_grad(grad, values, index, S)
-        high, middle, low = _load_parts(m, FIRST + n, known, D, N, BD, PARTS)
-        factor = tl.load(scale + (FIRST + n) // SEGMENT, mask=known, other=0.0)
-        biases = tl.load(table[:, None] + n[None, :], mask=known[None, :], other=float('-inf'))
-        logits = _product(q, high, middle, low, factor[None, :], PARTS) + biases
+        logits, factor = _logits(q, m, scale, table, n, known, FIRST, D, N, BD, PARTS)
         p = _exp(logits - total[:, None])
         ds = p * (dp - nearly[:, None])
         rests += ds
@@ -395,13 +400,7 @@ def _window_value_grad(
             n = ((r - _start(i, H, K)) * P)[:, None] + b[None, :]
             at = (d * N)[None, :, None] + (FIRST + n)[:, None, :]
             known = (d < D)[None, :, None]
-            high = tl.load(m + at, mask=known, other=0.0)
-            middle, low = high, high
-            if PARTS > 1:
-                middle = tl.load(m + D * N + at, mask=known, other=0.0)
-                low = middle
-            if PARTS > 2:
-                low = tl.load(m + 2 * D * N + at, mask=known, other=0.0)
+            high, middle, low = _load_parts(m, at, known, D * N, PARTS)
             factor = tl.load(scale + (FIRST + (r - _start(i, H, K)) * P) // SEGMENT)
             logits = _product(query, high, middle, low, factor[:, None, None], PARTS)
             row = _place(i, H, K) * (K * NK)
@@ -411,7 +410,7 @@ def _window_value_grad(
                 g + (_far(i, sgh, WIDE)[:, None] + _far(j, sgw, WIDE))[:, :, None] + _far(e, sgc, WIDE)[None, None, :],
                 mask=(e < E)[None, None, :], other=0.0,
             )  # fmt: skip
-            p = _pick(_exp(logits - total[:, :, None]).to(grad.dtype), index)
+            p = _gather(_exp(logits - total[:, :, None]).to(grad.dtype), index)
             grads = tl.dot(tl.permute(p, (0, 2, 1)), grad, grads, input_precision='tf32x3')
     i, j, _, real = _positions(first, H, W, S)
     _store(dv, tl.reshape(grads, (S * SEGMENT, BE)), i, j, sdc, sdh, sdw, real, E, BE, WIDE)
@@ -494,7 +493,7 @@ def _row_sums(
         g_ = g + batch * sgb + channel * sgc
         lse_ = lse + (head * 2 + LARGE) * H * W
         delta_ = delta + (head * 2 + LARGE) * H * W
-        high, middle, low = _load_parts(m_, FIRST + n, n >= 0, D, N, BD, PARTS)
+        high, middle, low = _load_parts(m_, (d * N)[:, None] + (FIRST + n)[None, :], (d < D)[:, None], D * N, PARTS)
         factor = tl.load(scale_ + (FIRST + a * P) // SEGMENT)
         products = tl.zeros((S, BD, R * P), tl.float32)
         kept = tl.zeros((S * SEGMENT, R * P), tl.float32)
@@ -523,7 +522,7 @@ def _row_sums(
                 place = _place(i, H, K)
                 for k in tl.static_range(R):
                     mine = (slot // SEGMENT == k)[:, None] & ((slot % SEGMENT)[:, None] == place[None, :])
-                    at = _pick(kept, t[:, None] * (R * P) + k * P + side)
+                    at = _gather(kept, t[:, None] * (R * P) + k * P + side)
                     places += _dot(mine.to(tl.float32), at, PARTS)
                 kept = tl.zeros((S * SEGMENT, R * P), tl.float32)
         dm_ = dm + (partial.to(tl.int64) * HEADS + head) * D * N

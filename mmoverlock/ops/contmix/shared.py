@@ -67,11 +67,6 @@ class Plan(Sizes):
         return max(16, power_of_two(small)), -(-large // _COLUMNS) * _COLUMNS
 
     @property
-    def padded_dim(self) -> int:
-        """Channels of the queries of a head, as M has them."""
-        return max(16, power_of_two(self.dim))
-
-    @property
     def sides(self) -> Tuple[int, int]:
         """Rows and columns of the positions whose large windows are at the same place: all of the map's, or half."""
         return tuple(n if n == self.windows[1] else n // 2 for n in (self.height, self.width))
@@ -103,16 +98,19 @@ class Plan(Sizes):
         table = 4 * self.groups * self.height * self.width * sum(self.padded)
         return max(1, min(self.batch, int(max(TUNING.floor / 2, TUNING.sums * self.logits_bytes) / table)))
 
-    def key_constants(self, cells: int, half: bool) -> dict:
-        """For the kernels of the keys, which take so many cells of the context at once."""
+    @property
+    def window_constants(self) -> dict:
         (small, large), (first, second) = self.windows, self.padded
-        windows = dict(K1=small, N1=first, K2=large, N2=second)
-        return dict(windows, BD=self.padded_dim, BR=_ROWS, BL=cells, BN=64, HALF=half, num_warps=4, num_stages=1)
+        return dict(K1=small, N1=first, K2=large, N2=second)
 
     @property
     def table_constants(self) -> dict:
-        (small, large), (first, second) = self.windows, self.padded
-        return dict(H=self.height, W=self.width, K1=small, N1=first, K2=large, N2=second)
+        return dict(self.window_constants, H=self.height, W=self.width)
+
+    def key_constants(self, cells: int, half: bool) -> dict:
+        """For the kernels of the keys, which take so many cells of the context at once."""
+        known = dict(BD=self.padded_dim, BR=_ROWS, BL=cells, BN=64, HALF=half)
+        return dict(self.window_constants, **known, num_warps=4, num_stages=1)
 
     def constants(self, kernel: str, half: bool, *tensors: Tensor) -> dict:
         columns, warps, registers = getattr(TUNING, kernel)
@@ -126,7 +124,7 @@ class Plan(Sizes):
             TILES=self.tiles,
             BN=columns,
             BD=self.padded_dim,
-            BE=max(16, power_of_two(self.channels)),
+            BE=self.padded_channels,
             BT=TUNING.positions,
             BC=TUNING.cells,
             HALF=half,

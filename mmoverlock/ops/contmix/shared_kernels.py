@@ -21,7 +21,7 @@ values, BD and BE padded. Tiles past the last position repeat it, with no weight
 import triton
 import triton.language as tl
 
-from .general_kernels import _exp, _start
+from .general_kernels import _exp, _gather, _start
 
 # Compiled once for all batches and heads; but for each of the four maps that a window has, where this saves divisions.
 _SIZES = ('G', 'D', 'E', 'BATCH', 'SPLITS1', 'SPLITS2', 'ADD', 'ROWS', 'L', 'PARTS', 'STEP')
@@ -121,17 +121,9 @@ def _window_cells(n, row, col, K: tl.constexpr):
 
 
 @triton.jit
-def _pick(x, index, inside, R: tl.constexpr, S: tl.constexpr):
-    """(R, S): x's element ``index`` where inside, else 0. The flat form makes Triton go through shared memory."""
-    index = tl.where(inside, index, 0)
-    picked = tl.gather(tl.reshape(x, (x.numel,)), tl.reshape(index, (R * S,)), 0)
-    return tl.where(inside, tl.reshape(picked, (R, S)), 0.0)
-
-
-@triton.jit
-def _pick_flat(x, index, R: tl.constexpr, S: tl.constexpr):
-    """(R, S): x's element ``index``, which is inside."""
-    return tl.reshape(tl.gather(tl.reshape(x, (x.numel,)), tl.reshape(index, (R * S,)), 0), (R, S))
+def _pick(x, index, inside):
+    """x's element ``index`` where inside, else 0."""
+    return tl.where(inside, _gather(x, tl.where(inside, index, 0)), 0.0)
 
 
 @triton.jit
@@ -142,7 +134,7 @@ def _to_cells(p, i, j, r, c, H, W, K: tl.constexpr, BN: tl.constexpr, BT: tl.con
     inside = (a >= 0) & (a < K) & (b >= 0) & (b < K)
     # K is odd and BN a power of two: there is padding, whose weight is 0, to pick where a cell is outside the window.
     index = (tl.arange(0, BT) * BN)[:, None] + tl.where(inside, a * K + b, BN - 1)
-    return _pick_flat(p, index, BT, BC)
+    return _gather(p, index)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -228,7 +220,7 @@ def _moved_weight_grad(
         values = _load(v, tl.minimum(row + places // RW, H - 1), col + places % RW, svc, svh, svw, E, BE, WIDE)
         products = tl.dot(tl.trans(g_t.to(values.dtype)), values, input_precision='tf32x3')
         inner = tl.minimum(n // K, K - 1) * RW + n % K
-        dp = _pick_flat(products, (tl.arange(0, BT) * CELLS)[:, None] + first_cell + inner[None, :], BT, BN)
+        dp = _gather(products, (tl.arange(0, BT) * CELLS)[:, None] + first_cell + inner[None, :])
     else:
         cell = first_cell + (n // K * RW + n % K)[None, :]
         dp = tl.zeros((BT, BN), tl.float32)
@@ -238,7 +230,7 @@ def _moved_weight_grad(
             values = _load(v, r, col + places % RW, svc, svh, svw, E, BE, WIDE)
             products = tl.dot(tl.trans(g_t.to(values.dtype)), values, input_precision='tf32x3')
             inside = (cell >= first) & (cell < first + BC) & (n < K * K)[None, :]
-            dp += _pick(products, (tl.arange(0, BT) * BC - first)[:, None] + cell, inside, BT, BN)
+            dp += _pick(products, (tl.arange(0, BT) * BC - first)[:, None] + cell, inside)
     return dp
 
 

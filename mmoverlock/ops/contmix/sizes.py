@@ -5,6 +5,8 @@ from typing import Optional, Tuple
 
 from torch import Tensor
 
+from ..triton_common import power_of_two
+
 _INFERENCE = 64 * 2**20  # bytes that the products of keys and weight may take where no gradients are wanted
 
 
@@ -25,6 +27,16 @@ class Sizes:
         batch, groups, dim, height, width = query.shape
         windows = ((rpb1.shape[1] + 1) // 2, (rpb2.shape[1] + 1) // 2)
         return cls(batch, groups, height, width, dim, value.shape[1] // (2 * groups), windows)
+
+    @property
+    def padded_dim(self) -> int:
+        """Channels of the queries of a head in the kernels."""
+        return max(16, power_of_two(self.dim))
+
+    @property
+    def padded_channels(self) -> int:
+        """Likewise of the values."""
+        return max(16, power_of_two(self.channels))
 
     @property
     def logits(self) -> int:
