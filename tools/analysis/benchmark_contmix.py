@@ -419,14 +419,14 @@ def resources(cases, capability=90):
             constants = [plan.constants(k, True, torch.empty(1, 1)) for k in names]
             constants += [plan.key_constants(16, True), plan.key_constants(32, True)]
             kernels = [f'contmix_shared_{k}_kernel' for k in (*names.values(), 'product', 'key_grad')]
-            warps = [known['num_warps'] for known in constants]
         else:
-            module, warps = general_kernels, general.TUNING.segments
+            module = general_kernels
             kernels = [f'contmix_{k}_kernel' for k in ('forward', 'query_grad', 'value_grad', 'product_grad')]
             plan = general.Plan(batch, groups, height, width, dim, channels, (small, large))
             known = plan.constants(torch.float16, torch.empty(1, 1))
             constants = [dict(known, **plan.launch(n)) for n in range(len(kernels))]
-        for label, known, count in zip(kernels, constants, warps):
+        for label, known in zip(kernels, constants):
+            count = known['num_warps']
             kernel = getattr(module, label)
             signature, values, hints = {}, {}, {}
             for place, argument in enumerate(kernel.arg_names):
@@ -439,7 +439,7 @@ def resources(cases, capability=90):
                     signature[argument] = '*fp16' if argument in halves else '*fp32'
                     hints[(place,)] = [['tt.divisibility', 16]]
             source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=hints)
-            options = dict(num_warps=count, num_stages=known.get('num_stages', 1), maxnreg=known.get('maxnreg'))
+            options = dict(num_warps=count, num_stages=known['num_stages'], maxnreg=known.get('maxnreg'))
             compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
             with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
                 Path(file.name).write_bytes(compiled.asm['cubin'])

@@ -84,6 +84,7 @@ LAYERS = {
     'T 224 /4, 64': ((64, 64, 56, 56), 17),
     'T 224 /16, 128': ((128, 256, 14, 14), 13),
 }
+LAYER_NAMES = ('out', 'mean', 'var', 'map', 'weights', 'gammas', 'betas')
 LAYER_CHECKS = [
     *list(LAYERS.values())[:2], ((5, 3, 16, 16), 15), ((67, 4, 14, 14), 13), ((3, 5, 7, 12), 13),
     ((2, 3, 9, 4), 15), ((65, 3, 8, 8), 7), ((1, 2, 16, 11), 9),
@@ -143,20 +144,27 @@ def check_runs():
     return runs
 
 
-def report_check(runs, results):
-    """Prints the sweep; returns whether every error is within its tolerance."""
+def report_check(title, names, runs, results):
+    """Prints a sweep; returns whether every error is within its tolerance.
+
+    Args:
+        title (str): What is checked.
+        names (sequence): Of the errors.
+        runs (list): What was run, the label and the type of each.
+        results: Errors of each, or why there are none.
+    """
     passed = True
-    print(f'{"shape, kernel, dilation":36}{"":14}', *(f'{n:>8}' for n in NAMES))
-    for (*case, dtype, options), errors in zip(runs, results):
-        label = f'{str(tuple(case)):36} {str(dtype)[6:]:9}{"CL" if options else "":3}'
+    print(f'{title:50}', *(f'{n:>8}' for n in names))
+    for (label, dtype), errors in zip(runs, results):
+        label = f'{label:36} {str(dtype)[6:]:9}'
         if isinstance(errors, str):
             print(label, 'BAD', errors, flush=True)
             passed = False
             continue
         good = all(e <= TOLERANCE[dtype] for e in errors)
         passed &= good
-        print(f'{label} {"" if good else "BAD"}', *(f'{e:8.1e}' for e in errors), flush=True)
-    print('check', 'passed' if passed else 'FAILED', flush=True)
+        print(f'{label} {"" if good else "BAD":3}', *(f'{e:8.1e}' for e in errors), flush=True)
+    print(f'check of {title}', 'passed' if passed else 'FAILED', flush=True)
     return passed
 
 
@@ -367,23 +375,6 @@ def _check_layer_run(run):
         return f'{type(problem).__name__}: {str(problem)[:300]}'
 
 
-def report_layers(runs, results):
-    """Prints the errors of layers; returns whether every one is within its tolerance."""
-    passed = True
-    print(f'{"layers":40}', *(f'{n:>8}' for n in 'out mean var map weights gammas betas'.split()))
-    for (shape, size, dtype), errors in zip(runs, results):
-        label = f'{shape!s:22} {size:2} {str(dtype)[6:]:9}'
-        if isinstance(errors, str):
-            print(label, 'BAD', errors, flush=True)
-            passed = False
-            continue
-        good = all(e <= TOLERANCE[dtype] for e in errors)
-        passed &= good
-        print(f'{label} {"" if good else "BAD":4}', *(f'{e:8.1e}' for e in errors), flush=True)
-    print('check of layers', 'passed' if passed else 'FAILED', flush=True)
-    return passed
-
-
 def time_layers(dtype):
     """Times layers, forward and with their backward pass, in both forms, and prints the kernels of each."""
     print(f'{str(dtype)[6:]:28}{"":10} forward    both kept MiB | branch by branch')
@@ -491,9 +482,14 @@ def main():
     with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context('spawn')) as pool:
         layered = pool.map(_check_layer_run, layer_runs)
         checked, warmed = pool.map(_check_run, runs), pool.map(_warm, warm)
-        passed = report_check(runs, checked) if runs else True
+        passed = True
+        if runs:
+            labels = [(str(tuple(case)) + (' CL' if options else ''), dtype) for *case, dtype, options in runs]
+            passed &= report_check('shape, kernel, dilation', NAMES, labels, checked)
         list(warmed)
-        passed &= report_layers(layer_runs, layered) if layer_runs else True
+        if layer_runs:
+            labels = [(f'{shape!s:22} {size:2}', dtype) for shape, size, dtype in layer_runs]
+            passed &= report_check('layers', LAYER_NAMES, labels, layered)
     print(f'{time.perf_counter() - begin:.0f} s for checking and compiling', flush=True)
     rows = []
     if passed and 'time' in args.only:
