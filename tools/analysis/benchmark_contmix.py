@@ -322,9 +322,14 @@ SHARED_TRIALS = [dict()] + [
 SHARED_TRIALS += [dict(cells=32), dict(share=0.024), dict(share=1.0), dict(sums=0.02), dict(sums=0.04)]
 
 
+def _shares(shape):
+    """Whether the kernels for shared windows serve a shape."""
+    return shared.takes(*shape[3:5], shape[6], max(shape[2], shape[8]))
+
+
 def _kind(shape):
     """The module whose launch parameters serve a shape, and what to try for them."""
-    return (shared, SHARED_TRIALS) if shared.takes(*shape[3:5], shape[6]) else (general, TRIALS)
+    return (shared, SHARED_TRIALS) if _shares(shape) else (general, TRIALS)
 
 
 def _warm(shape, option):
@@ -399,7 +404,11 @@ FIRST = ('sqw', 'svw', 'sow', 'sgw', 'sdw', 'skl', 'sdl')
 
 
 def resources(cases, capability=90):
-    """Compiles the kernels for a GPU that need not be there; prints registers, local memory, instructions, loops."""
+    """Compiles the kernels for a GPU that need not be there; prints registers, local memory, instructions, loops.
+
+    The shapes of the check are compiled, too, because what is looked for depends on the shape. Returns whether no
+    kernel reads a register that nothing wrote.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -407,11 +416,12 @@ def resources(cases, capability=90):
     from mmoverlock.ops.contmix import general_kernels, shared_kernels
 
     cuobjdump = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
-    print(f'{"case":18} {"kernel":26} warps registers local shared instructions  of which loops')
+    print(f'{"case":27} {"kernel":19} warps registers local shared instructions  of which loops')
     sound = True
+    cases = cases | {'x'.join(map(str, shape[1:])): shape for shape in SHAPES}
     for name, shape in cases.items():
         batch, groups, dim, height, width, small, large, _, channels = shape
-        if shared.takes(height, width, large):
+        if _shares(shape):
             module = shared_kernels
             plan = shared.Plan(batch, groups, height, width, dim, channels, (small, large))
             names = dict(forward='forward', query='query_grad', value='value_grad', table='table_grad')
@@ -452,7 +462,7 @@ def resources(cases, capability=90):
             loops = [(int(at, 16) - int(jump[1], 16)) // 16 for (at, _), jump in zip(lines, jumps) if jump]
             label = label.removeprefix('contmix_').removesuffix('_kernel')
             print(
-                f'{name:18} {label:26} {count:5} {registers:>9} {local:>5} '
+                f'{name:27} {label:19} {count:5} {registers:>9} {local:>5} '
                 f'{compiled.metadata.shared:6} {len(lines):12}  {[n for n in loops if n > 0]}',
                 flush=True,
             )

@@ -52,9 +52,13 @@ _PARTS = 32  # parts of the keys that are summed apart for the gradient of the w
 ENABLED = True
 
 
-def takes(height: int, width: int, window: int) -> bool:
-    """Whether the kernels are for this map: so small that windows have at most two places along either axis."""
-    return ENABLED and height <= window + 1 and width <= window + 1
+def takes(height: int, width: int, window: int, channels: int) -> bool:
+    """Whether the kernels are for this map: so small that windows have at most two places along either axis.
+
+    Heads of more than 32 channels go to the general kernels: here their registers spill, and of one kernel ptxas of
+    CUDA 12.8 makes wrong code (it reads a register that nothing wrote; ``benchmark_contmix.py --only resources``).
+    """
+    return ENABLED and height <= window + 1 and width <= window + 1 and channels <= 32
 
 
 class Plan(Sizes):
@@ -205,7 +209,7 @@ def forward(query, key, weight, bias, rpb1, rpb2, value, out, lse, train) -> Non
         del products  # before the next chunk's are made
 
 
-def backward(grad, query, key, weight, bias, rpb1, rpb2, value, lse, dquery, dkey, dvalue) -> List[Tensor]:
+def backward(grad, query, key, weight, bias, rpb1, rpb2, value, out, lse, dquery, dkey, dvalue) -> List[Tensor]:
     """Writes the gradients of queries, keys and values; returns those of weight, bias and position biases, in fp32."""
     from .shared_kernels import contmix_shared_position_bias_grad_kernel
 
@@ -219,8 +223,8 @@ def backward(grad, query, key, weight, bias, rpb1, rpb2, value, lse, dquery, dke
         part = slice(first, first + step)
         products = _products(key[part], weight, plan)
         _chunk_backward(
-            plan, grad[part], query[part], products, table, cells, value[part], lse[part], dquery[part], dvalue[part],
-            dtables, first > 0,
+            plan, grad[part], query[part], products, table, cells, value[part], out[part], lse[part], dquery[part],
+            dvalue[part], dtables, first > 0,
         )  # fmt: skip
         _key_grad(key[part], weight, products, dkey[part], dweight, first > 0, plan)
         del products  # before the next chunk's are made
@@ -236,7 +240,7 @@ def backward(grad, query, key, weight, bias, rpb1, rpb2, value, lse, dquery, dke
 
 
 def _chunk_backward(
-    plan, grad, query, products, table, cells, value, lse, dquery, dvalue, dtables: List[Tensor], add: bool
+    plan, grad, query, products, table, cells, value, out, lse, dquery, dvalue, dtables: List[Tensor], add: bool
 ) -> None:
     """Gradients for some batch elements; ``products`` is overwritten with its own gradient."""
     from . import shared_kernels as kernels
@@ -247,11 +251,11 @@ def _chunk_backward(
     strides = *query.stride(), *value.stride(), *grad.stride()
 
     def constants(kernel):
-        return plan.constants(kernel, query.dtype in HALF, query, value, grad, dquery, dvalue)
+        return plan.constants(kernel, query.dtype in HALF, query, value, out, grad, dquery, dvalue)
 
     kernels.contmix_shared_query_grad_kernel[(heads * plan.tiles,)](
-        query, products, table, value, lse, grad, dquery, delta, *strides, *dquery.stride(), *plan.sizes,
-        **constants('query'),
+        query, products, table, value, out, lse, grad, dquery, delta, *query.stride(), *value.stride(), *out.stride(),
+        *grad.stride(), *dquery.stride(), *plan.sizes, **constants('query'),
     )  # fmt: skip
     kernels.contmix_shared_value_grad_kernel[(heads * 2 * (cells.shape[-1] // TUNING.cells),)](
         query, products, table, cells, lse, grad, dvalue,

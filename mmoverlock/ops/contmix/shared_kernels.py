@@ -261,17 +261,14 @@ def _query_grad(ds, m, HALF: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def contmix_shared_query_grad_kernel(
-    q, m, table, v, lse, g, dq, delta,
-    sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sgb, sgc, sgh, sgw, sdb, sdg, sdd, sdh, sdw,
+    q, m, table, v, out, lse, g, dq, delta,
+    sqb, sqg, sqd, sqh, sqw, svb, svc, svh, svw, sob, soc, soh, sow, sgb, sgc, sgh, sgw, sdb, sdg, sdd, sdh, sdw,
     G, D, E,
     H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
     TILES: tl.constexpr, K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries of one tile of one head; delta (B, G, 2, H, W): weights times their gradients, summed.
-
-    Delta is also the sum of the output times its gradient, but the output has been rounded.
-    """
+    """Gradients of the queries of one tile of a head; delta (B, G, 2, H, W): weights times their gradients, summed."""
     N: tl.constexpr = N1 + N2
     head = (tl.program_id(0) // TILES).to(tl.int64)
     batch = head // G
@@ -298,11 +295,13 @@ def contmix_shared_query_grad_kernel(
     query_grad = _query_grad(p1 * (dp1 - sums[:, None]), m1, HALF)
 
     # A softmax needs delta before its gradient. Instead of computing the logits twice, the products of M with weights
-    # times their gradients and with the weights are summed apart; a guess of delta keeps their difference exact.
+    # times their gradients and with the weights are summed apart. Delta is also the sum of the output times its
+    # gradient, but the output has been rounded: taken off first, this leaves a difference that loses nothing.
     v += (group + G) * E * svc
     g_t = _load(g + (group + G) * E * sgc, i, j, sgc, sgh, sgw, E, BE, WIDE)
+    out_t = _load(out + batch * sob + (group + G) * E * soc, i, j, soc, soh, sow, E, BE, WIDE)
     total = tl.load(lse + H * W + position)
-    guess = tl.sum(_shared_weight_grad(g_t, v, tl.arange(0, BN), row, col, svc, svh, svw, E, K2, BE, WIDE), 1) / BN
+    guess = tl.sum(g_t.to(tl.float32) * out_t.to(tl.float32), 0)
     sums = tl.zeros((BT,), tl.float32)
     weighted = tl.zeros((BT, BD), tl.float32)
     for first in range(0, N2, BN):

@@ -42,10 +42,11 @@ def contmix_triton(query, key, weight, bias, rpb1, rpb2, value) -> Tensor:
     return torch.ops.mmoverlock.contmix(*args, train)[0]
 
 
-def _kernels(query: Tensor, rpb2: Tensor):
+def _kernels(query: Tensor, rpb2: Tensor, value: Tensor):
     """The module whose kernels are for this map."""
-    *_, height, width = query.shape
-    return shared if shared.takes(height, width, (rpb2.shape[1] + 1) // 2) else general
+    _, groups, dim, height, width = query.shape
+    channels = max(dim, value.shape[1] // (2 * groups))
+    return shared if shared.takes(height, width, (rpb2.shape[1] + 1) // 2, channels) else general
 
 
 @torch.library.custom_op('mmoverlock::contmix', mutates_args=())
@@ -60,7 +61,7 @@ def _contmix(
     out = torch.empty_like(value)
     lse = query.new_empty((batch, groups, 2, height, width), dtype=torch.float32)
     with torch.autocast(query.device.type, enabled=False), on(query.device):
-        _kernels(query, rpb2).forward(query, key, weight, bias, rpb1, rpb2, value, out, lse, train)
+        _kernels(query, rpb2, value).forward(query, key, weight, bias, rpb1, rpb2, value, out, lse, train)
     return out, lse
 
 
@@ -87,10 +88,8 @@ def _contmix_backward(
     dquery, dkey, dvalue = (torch.empty_like(t) for t in (query, key, value))
     inputs = (weight, bias, rpb1, rpb2)
     with torch.autocast(query.device.type, enabled=False), on(query.device):
-        if _kernels(query, rpb2) is shared:
-            sums = shared.backward(grad, query, key, *inputs, value, lse, dquery, dkey, dvalue)
-        else:
-            sums = general.backward(grad, query, key, *inputs, value, out, lse, dquery, dkey, dvalue)
+        kernels = _kernels(query, rpb2, value)
+        sums = kernels.backward(grad, query, key, *inputs, value, out, lse, dquery, dkey, dvalue)
     return [dquery, dkey, *(total.to(t.dtype) for total, t in zip(sums, inputs)), dvalue]
 
 
