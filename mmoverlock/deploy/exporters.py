@@ -17,6 +17,7 @@ from torch.onnx import symbolic_helper
 
 from ..models import OverLoCK
 from ..models.blocks import ContMixer
+from ..models.layers import pooling_matrix
 from ..ops.backends import ENV_VARIABLE
 from .detectors import Detector, nms_to_onnx
 from .models import Deployable
@@ -77,11 +78,7 @@ def adaptive_avg_pool2d(x: Tensor, output_size) -> Tensor:
     for dim, cells in zip((-2, -1), output_size):
         if cells is None:
             continue
-        length = x.shape[dim]
-        cell, place = torch.arange(cells, device=x.device), torch.arange(length, device=x.device)
-        first, end = cell * length // cells, ((cell + 1) * length + cells - 1) // cells
-        inside = ((place >= first[:, None]) & (place < end[:, None])).to(x.dtype)
-        mean = inside / (end - first)[:, None].to(x.dtype)
+        mean = pooling_matrix(x.shape[dim], cells, x)
         x = torch.matmul(mean, x) if dim == -2 else torch.matmul(x, mean.t())
     return x
 

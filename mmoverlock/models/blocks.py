@@ -21,6 +21,7 @@ from .layers import (
     LayerScale,
     ResDWConv,
     SELayer,
+    adaptive_mean,
     fold_following_bn,
     fold_preceding_bn,
     resize,
@@ -137,7 +138,7 @@ class ContMixer(nn.Module):
     def operands(self, query: Tensor, key: Tensor) -> Tuple[Tensor, ...]:
         """The arguments of :func:`mmoverlock.ops.contmix` up to the values: what its kernels are made of."""
         query = self.query(query) * self.scale
-        key = self.key(F.adaptive_avg_pool2d(key, CONTEXT_SIZE))
+        key = self.key(adaptive_mean(key, CONTEXT_SIZE))
         return (
             query.unflatten(1, (self.groups, -1)),
             key.flatten(2).unflatten(1, (self.groups, -1)),

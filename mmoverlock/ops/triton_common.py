@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+from functools import lru_cache
 from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -53,6 +54,58 @@ def power_of_two(n: int) -> int:
 def on(device: torch.device):
     """A context in which kernels are launched on this device."""
     return torch.cuda.device(device) if device.type == 'cuda' else contextlib.nullcontext()
+
+
+@lru_cache(maxsize=None)
+def _side_streams(index: int) -> tuple:
+    return tuple(torch.cuda.Stream(index) for _ in range(4))
+
+
+class Lanes:
+    """Streams beside the current one, for kernels that do not depend on each other and do not fill a GPU alone.
+
+    Only while a CUDA graph is recorded. Elsewhere a call waits for Python rather than for the GPU, and everything
+    runs in the current stream, in the order of the calls. A context; at its end the current stream waits for all.
+
+    Args:
+        device (torch.device): Where the kernels run.
+        count (int): Streams, up to 4.
+    """
+
+    def __init__(self, device: torch.device, count: int = 4) -> None:
+        recorded = device.type == 'cuda' and torch.cuda.is_current_stream_capturing()
+        self._streams = _side_streams(device.index)[:count] if recorded else ()
+        self._main = torch.cuda.current_stream(device) if recorded else None
+        self._kept: list = []
+
+    def __enter__(self) -> 'Lanes':
+        for stream in self._streams:
+            stream.wait_stream(self._main)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for stream in self._streams:
+            self._main.wait_stream(stream)
+        self._kept.clear()
+
+    def lane(self, n: int):
+        """A context whose kernels run in lane ``n``, counted round."""
+        return torch.cuda.stream(self._streams[n % len(self._streams)]) if self._streams else contextlib.nullcontext()
+
+    def keep(self, *tensors: Tensor) -> None:
+        """Their memory is not for others before all lanes are done: of a tensor of one stream that another reads."""
+        if self._streams:
+            self._kept.extend(tensors)
+
+    def wait_for(self, n: int) -> None:
+        """What the current stream runs next comes after what lane ``n`` was given so far."""
+        if self._streams:
+            self._main.wait_stream(self._streams[n % len(self._streams)])
+
+    def hold(self, n: int) -> None:
+        """What lane ``n`` runs next comes after what the current stream was given so far."""
+        if self._streams:
+            self._streams[n % len(self._streams)].wait_stream(self._main)
 
 
 def compute_input(x: Tensor, memory_format: torch.memory_format) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from mmoverlock import ContMixBlock, OverLoCK
 from mmoverlock.checkpoints import to_official
 from mmoverlock.models import ARCHS
-from mmoverlock.models.layers import DropPath, LargeKernelConv, _train_plainly
+from mmoverlock.models.layers import DropPath, LargeKernelConv, _train_plainly, mean_by_products
 
 ROOT = Path(__file__).parents[2]
 
@@ -217,6 +217,20 @@ def test_stochastic_depth_rates_grow_along_the_network(tiny):
     order = ('stage1', 'stage2', 'stage3', 'stage4', 'focus3', 'focus4')
     rates = [m.rate for name in order for m in getattr(model, name).modules() if isinstance(m, DropPath)]
     torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.3, len(rates)))
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('size', [(50, 80), (7, 7), (13, 9)])
+def test_mean_by_products_is_adaptive_pooling(size, layout):
+    """What large maps on a GPU take instead of PyTorch's pooling: values and gradients."""
+    x = torch.randn(2, 3, *size, dtype=torch.double).to(memory_format=layout).requires_grad_()
+    ours, right = mean_by_products(x, 7), nn.functional.adaptive_avg_pool2d(x, 7)
+    torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-12)
+    cotangent = torch.randn_like(right)
+    grads = (torch.autograd.grad(y, x, cotangent)[0] for y in (ours, right))
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert mean_by_products(x.detach().float(), 7).dtype == torch.float32  # its gradient is spread thin
 
 
 def test_drop_path_keeps_the_mean():

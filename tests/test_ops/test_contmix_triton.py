@@ -96,8 +96,10 @@ def test_memory_is_planned_where_windows_are_shared():
     products = 4 * plan.chunk() * 8 * 16 * sum(plan.padded)
     sums = 2 * 4 * 128 * 8 * 2 * 14 * 14
     cells = 4 * 8 * 14 * 14 * 256
-    assert products + sums + table * (1 + plan.splits()) + cells <= 0.1 * plan.logits_bytes
+    weight = 4 * shared._PARTS * 49 * sum(plan.padded)
+    assert products + sums + table * (1 + plan.splits()) + cells + weight <= 0.1 * plan.logits_bytes
     assert plan.chunk() < plan.chunk(train=False) == 128  # nothing is kept for a backward pass: one launch
+    assert shared.Plan(64, 8, 14, 14, 16, 16, (5, 13)).chunk() == 64  # some MB are no matter
 
 
 @pytest.mark.parametrize('height, width, shared_windows', [(13, 13, True), (14, 14, True), (13, 15, False)])

@@ -158,7 +158,7 @@ def test_products_of_one_chunk_at_a_time(monkeypatch):
         made.append(weakref.ref(out))
         return out
 
-    monkeypatch.setattr(shared, 'TUNING', dataclasses.replace(shared.TUNING, share=0.0, sums=0.0, floor=1))
+    monkeypatch.setattr(shared, 'TUNING', dataclasses.replace(shared.TUNING, whole=0, share=0.0, sums=0.0, floor=1))
     monkeypatch.setattr(shared, '_products', counted)
     torch.autograd.grad(fused(*args), args, torch.randn_like(args[-1]))
     assert len(made) == 6  # three each way
@@ -176,7 +176,7 @@ def test_shared_windows_with_the_batch_in_chunks(monkeypatch):
     one = 4 * plan.padded_dim * sum(plan.padded)  # bytes of the products of one batch element
     for floor, chunk, splits in ((3 * one, 3, 2), (2 * one, 2, 1), (0, 1, 1)):
         monkeypatch.setattr(
-            shared, 'TUNING', dataclasses.replace(shared.TUNING, share=0.0, sums=0.0, floor=max(floor, 1))
+            shared, 'TUNING', dataclasses.replace(shared.TUNING, whole=0, share=0.0, sums=0.0, floor=max(floor, 1))
         )
         assert (plan.chunk(), plan.splits()) == (chunk, splits)
         for a, b in zip(torch.autograd.grad(fused(*args), args, cotangent), whole):

@@ -1,5 +1,6 @@
 """Depthwise 3x3 and feed-forward half in Triton against their definitions: on a GPU, or interpreted on the CPU."""
 
+import dataclasses
 import os
 
 import pytest
@@ -86,8 +87,7 @@ def test_conv3x3_half_precision(dtype):
 
 def test_conv3x3_in_strips():
     """A map cut into strips, as small batches are, equals the whole."""
-    for plan in (small.plan, small.plan_backward):
-        assert plan((1, 8, 64, 8), small.TUNING)[3] > 2
+    assert small.plan((1, 8, 64, 8), small.TUNING.grad_columns, small.TUNING.grad_programs, small.TUNING)[3] > 2
     assert max(errors(depthwise_conv3x3, conv_arguments((1, 8, 64, 8)), True)) < 1e-5
 
 
@@ -120,6 +120,24 @@ def test_ffn_equals_the_definition(sizes, residual):
 def test_ffn_half_precision(dtype, sizes):
     found = errors(feed_forward, ffn_arguments(*sizes, dtype))
     assert max(found) < TOLERANCE[dtype], found
+
+
+@pytest.mark.parametrize('parts, columns', [(1, 8), (300, 72)])
+def test_shares_are_summed(monkeypatch, parts, columns):
+    monkeypatch.setattr(fused, 'TUNING', dataclasses.replace(fused.TUNING, shares=1))
+    shares = torch.randn(2, parts, columns, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    sums = fused._fewer_shares(shares)
+    torch.testing.assert_close(sums.double(), shares.double().sum(1, keepdim=True), rtol=1e-5, atol=1e-5)
+
+
+def test_ffn_of_large_images(monkeypatch):
+    """The shares of an image's sums, here from two on, are summed before the normalisation reads them."""
+    monkeypatch.setattr(fused, 'TUNING', dataclasses.replace(fused.TUNING, shares=2))
+    counts, plain = [], fused._fewer_shares
+    monkeypatch.setattr(fused, '_fewer_shares', lambda shares: counts.append(shares.shape[1]) or plain(shares))
+    found = errors(feed_forward, ffn_arguments(2, 8, 24, 16, 17, 9))
+    assert max(found) < 1e-5, found
+    assert min(counts) >= 2, counts
 
 
 def test_ffn_of_nothing():

@@ -41,7 +41,9 @@ CASES = {
     'T 800x1280 /4': (2, 64, 256, 200, 320),
     'T 800x1280 focus /16': (2, 384, 768, 50, 80),
 }
+# The last one: so many shares of its sums that they are summed first.
 CHECKS = [(2, 64, 256, 56, 56), (3, 56, 224, 28, 28), (2, 384, 1152, 14, 14), (5, 80, 240, 7, 9), (1, 640, 1920, 7, 7)]
+CHECKS += [(1, 64, 256, 72, 100)]
 
 
 def arguments(sizes, dtype, parameters=torch.float32):
@@ -150,10 +152,10 @@ SHAPES = (
 )  # fmt: skip
 PRODUCTS = [dict(expand=s, project=s, project_grad=s) for s in SHAPES]
 CONVS = [
-    dict(zip(('columns', 'tile', 'grad_tile', 'warps', 'programs', 'grad_stages'), values))
+    dict(zip(('columns', 'grad_columns', 'tile', 'warps', 'programs', 'grad_programs'), values))
     for values in (
-        ((7, 4), 256, 256, 4, 2112, 1), ((7, 4), 256, 512, 4, 1056, 2), ((4,), 256, 256, 4, 4224, 3),
-        ((4,), 512, 512, 4, 2112, 3), ((7, 4), 128, 128, 2, 4224, 1), ((2,), 512, 128, 4, 2112, 3),
+        ((7, 4), (4,), 256, 4, 2112, 1056), ((7, 4), (4,), 256, 4, 1056, 2112), ((4,), (2,), 256, 4, 4224, 1056),
+        ((4,), (4,), 512, 4, 2112, 1056), ((7, 4), (4,), 128, 2, 4224, 2112), ((2,), (2,), 512, 4, 2112, 1056),
     )
 ]  # fmt: skip
 KERNELS = ('ffn_expand', 'ffn_project_kernel', 'ffn_project_grad', 'depthwise3_forward', 'depthwise3_back')

@@ -6,7 +6,7 @@ from typing import List, Tuple
 import torch
 from torch import Tensor
 
-from ..triton_common import power_of_two
+from ..triton_common import Lanes, power_of_two
 from .sizes import Sizes
 
 _SEGMENT = 16  # positions of one row that a warp takes
@@ -217,15 +217,6 @@ def _chunk_backward(plan, grad, query, products, scale, tables, value, out, lse,
     shape = plan.groups, plan.height, plan.width
     constants = plan.constants(query.dtype, query, value, grad, out, dquery, dvalue)
     delta = torch.empty_like(lse)
-    kernels.contmix_query_grad_kernel[(heads * plan.tiles(1),)](
-        query, products, scale, *tables, value, out, lse, grad, dquery, delta,
-        *query.stride(), *value.stride(), *out.stride(), *grad.stride(), *dquery.stride(), *shape, plan.tiles(1),
-        **constants, **plan.launch(1),
-    )  # fmt: skip
-    kernels.contmix_value_grad_kernel[(heads * 2 * plan.tiles(2),)](
-        query, products, scale, *tables, lse, grad, dvalue,
-        *query.stride(), *grad.stride(), *dvalue.stride(), *shape, plan.tiles(2), **constants, **plan.launch(2),
-    )  # fmt: skip
     splits, bands = plan.cut(batch)
     step, rows = -(-batch // splits), -(-plan.height // bands)
     splits, bands = -(-batch // step), -(-plan.height // rows)
@@ -233,11 +224,22 @@ def _chunk_backward(plan, grad, query, products, scale, tables, value, out, lse,
     dproducts = scale.new_empty(partials, batch, plan.groups, plan.dim, columns)
     dbias = scale.new_empty(splits, plan.groups, partials, columns)
     shares = scale.new_empty(splits, plan.groups, partials, plan.places)
-    kernels.contmix_product_grad_kernel[(splits * plan.groups * partials * (columns // _SEGMENT),)](
-        query, products, scale, *tables, value, lse, delta, grad, dproducts, dbias, shares,
-        *query.stride(), *value.stride(), *grad.stride(), *shape, batch, step, plan.stripes, bands, rows, heads,
-        **constants, **plan.launch(3),
-    )  # fmt: skip
+    with Lanes(query.device, 1) as lanes:
+        with lanes.lane(0):
+            kernels.contmix_value_grad_kernel[(heads * 2 * plan.tiles(2),)](
+                query, products, scale, *tables, lse, grad, dvalue,
+                *query.stride(), *grad.stride(), *dvalue.stride(), *shape, plan.tiles(2), **constants, **plan.launch(2),
+            )  # fmt: skip
+        kernels.contmix_query_grad_kernel[(heads * plan.tiles(1),)](
+            query, products, scale, *tables, value, out, lse, grad, dquery, delta,
+            *query.stride(), *value.stride(), *out.stride(), *grad.stride(), *dquery.stride(), *shape, plan.tiles(1),
+            **constants, **plan.launch(1),
+        )  # fmt: skip
+        kernels.contmix_product_grad_kernel[(splits * plan.groups * partials * (columns // _SEGMENT),)](
+            query, products, scale, *tables, value, lse, delta, grad, dproducts, dbias, shares,
+            *query.stride(), *value.stride(), *grad.stride(), *shape, batch, step, plan.stripes, bands, rows, heads,
+            **constants, **plan.launch(3),
+        )  # fmt: skip
     bias_grad = _unpadded(dbias.sum((0, 1, 2)), plan)
     del dbias, delta  # before more is made
     drpb = [scale.new_empty(plan.groups, 2 * window - 1, 2 * window - 1) for window in plan.windows]

@@ -6,7 +6,7 @@ from typing import List, Tuple
 import torch
 from torch import Tensor
 
-from ..triton_common import HALF, power_of_two
+from ..triton_common import HALF, Lanes, power_of_two
 from .sizes import Sizes
 
 
@@ -24,10 +24,11 @@ class Tuning:
         product (tuple): ... of the gradient of M.
         positions (int): Positions of a tile.
         cells (int): Cells of the map taken at once.
-        share (float): Memory for the products of keys and weight, as a share of one logits tensor. The batch is
-            taken in chunks to keep to it, ...
+        whole (int): Bytes that the products of keys and weight may take of a whole batch. Larger batches are taken in
+            chunks, ...
+        share (float): ... to keep their products to this share of one logits tensor.
         sums (float): Likewise for the gradients of the position biases, which bounds their programs.
-        floor (int): Bytes below which no memory is saved.
+        floor (int): Bytes below which no memory is saved, of a batch in chunks.
     """
 
     forward: Tuple[int, int, int] = (32, 4, 128)
@@ -37,6 +38,7 @@ class Tuning:
     product: Tuple[int, int, int] = (64, 4, 168)
     positions: int = 64
     cells: int = 64
+    whole: int = 13 * 2**20
     share: float = 0.033
     sums: float = 0.02
     floor: int = 3 * 2**20
@@ -46,7 +48,7 @@ TUNING = Tuning()
 
 _COLUMNS = 64  # columns of M for the large window are a multiple of this
 _ROWS = 64  # rows of the keys that a program takes at once
-_PARTS = 32  # parts of the keys that are summed apart for the gradient of the weight
+_PARTS = 20  # parts of the keys that are summed apart for the gradient of the weight
 
 #: False lets the general kernels serve these maps, too: to compare, tools/analysis/benchmark_contmix.py --general.
 ENABLED = True
@@ -93,14 +95,21 @@ class Plan(Sizes):
 
     def chunk(self, train: bool = True) -> int:
         """Batch elements to take at once, so that the products of keys and weight stay small beside the logits."""
+        if self.batch * self._product_bytes <= TUNING.whole:
+            return self.batch
         step = self._chunk(sum(self.padded), TUNING, train, self.padded_dim)
         # A multiple of 16 heads and tiles fills the GPU in whole waves; the last chunk is then a smaller one.
         return min(self.batch, -(-step // 16) * 16) if step >= 16 else step
 
+    @property
+    def _product_bytes(self) -> int:
+        return 4 * self.groups * self.padded_dim * sum(self.padded)
+
     def splits(self) -> int:
         """Parts of the batch that are summed apart for the gradients of the position biases."""
         table = 4 * self.groups * self.height * self.width * sum(self.padded)
-        return max(1, min(self.batch, int(max(TUNING.floor / 2, TUNING.sums * self.logits_bytes) / table)))
+        floor = TUNING.whole if self.batch * self._product_bytes <= TUNING.whole else TUNING.floor
+        return max(1, min(self.batch, int(max(floor / 2, TUNING.sums * self.logits_bytes) / table)))
 
     @property
     def window_constants(self) -> dict:
@@ -253,19 +262,21 @@ def _chunk_backward(
     def constants(kernel):
         return plan.constants(kernel, query.dtype in HALF, query, value, out, grad, dquery, dvalue)
 
-    kernels.contmix_shared_query_grad_kernel[(heads * plan.tiles,)](
-        query, products, table, value, out, lse, grad, dquery, delta, *query.stride(), *value.stride(), *out.stride(),
-        *grad.stride(), *dquery.stride(), *plan.sizes, **constants('query'),
-    )  # fmt: skip
-    kernels.contmix_shared_value_grad_kernel[(heads * 2 * (cells.shape[-1] // TUNING.cells),)](
-        query, products, table, cells, lse, grad, dvalue,
-        *query.stride(), *grad.stride(), *dvalue.stride(), *plan.sizes, **constants('value'),
-    )  # fmt: skip
-    splits, chunks = plan.splits(), 1 + plan.padded[1] // TUNING.table[0]
-    kernels.contmix_shared_table_grad_kernel[(splits * chunks * plan.tiles * plan.groups,)](
-        query, products, table, value, lse, delta, grad, *dtables, *strides, *plan.sizes, batch, splits, splits,
-        int(add), **constants('table'),
-    )  # fmt: skip
+    with Lanes(query.device, 1) as lanes:
+        with lanes.lane(0):
+            kernels.contmix_shared_value_grad_kernel[(heads * 2 * (cells.shape[-1] // TUNING.cells),)](
+                query, products, table, cells, lse, grad, dvalue,
+                *query.stride(), *grad.stride(), *dvalue.stride(), *plan.sizes, **constants('value'),
+            )  # fmt: skip
+        kernels.contmix_shared_query_grad_kernel[(heads * plan.tiles,)](
+            query, products, table, value, out, lse, grad, dquery, delta, *query.stride(), *value.stride(),
+            *out.stride(), *grad.stride(), *dquery.stride(), *plan.sizes, **constants('query'),
+        )  # fmt: skip
+        splits, chunks = plan.splits(), 1 + plan.padded[1] // TUNING.table[0]
+        kernels.contmix_shared_table_grad_kernel[(splits * chunks * plan.tiles * plan.groups,)](
+            query, products, table, value, lse, delta, grad, *dtables, *strides, *plan.sizes, batch, splits, splits,
+            int(add), **constants('table'),
+        )  # fmt: skip
     chunks = 1 + plan.padded[1] // TUNING.product[0]
     kernels.contmix_shared_product_grad_kernel[(heads * chunks,)](
         query, products, table, value, lse, delta, grad, *strides, *plan.sizes, **constants('product')

@@ -10,12 +10,12 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..triton_common import compute_input, definition_gradients, differentiated_again, on, power_of_two
+from ..triton_common import Lanes, compute_input, definition_gradients, differentiated_again, on, power_of_two
 from . import norm_small
 from .reference import depthwise_conv2d_reference
-from .triton import _launch_conv, _launch_weight_grad, refuse_branches
+from .triton import _launch_band, _launch_conv, _launch_product, _launch_weight_grad, refuse_branches
 
-_PROGRAMS = 1056  # to aim at where the batch is summed in parts
+_PROGRAMS = 1056  # to aim at where a channel is summed in parts
 
 
 def norm_branches_reference(
@@ -62,12 +62,12 @@ def plan(shape, branches: int) -> dict:
     pixels = height * width
     vector = next(v for v in (8, 4, 2, 1) if pixels % v == 0)
     wide, narrow = min(512, power_of_two(pixels)), min(1024, power_of_two(pixels))
-    splits = max(1, min(-(-_PROGRAMS // channels), batch * pixels // 4096))
-    part = -(-batch // splits)
+    tiles = -(-batch // (512 // wide)) * -(-pixels // wide)
+    part = -(-tiles // max(1, min(-(-_PROGRAMS // channels), tiles // 2)))
     return dict(
         sums=dict(N=branches, NB=power_of_two(branches), V=vector, BX=512, PX=wide),
         planes=dict(N=branches, V=vector, BX=1024, PX=narrow),
-        splits=-(-batch // part),
+        splits=-(-tiles // part),
         part=part,
         programs=-(-batch * channels // (1024 // narrow)) * -(-pixels // narrow),
         vectors=pixels // vector,
@@ -109,8 +109,10 @@ def _norm_branches(
 
     (batch, channels, *_), branches = x.shape, len(weights)
     y = x.new_empty((branches, *x.shape))
-    for out, weight, dilation in zip(y.unbind(0), weights, dilations):
-        _launch_conv(x, weight, None, dilation, False, out)
+    with Lanes(x.device) as lanes:
+        for n, (weight, dilation) in enumerate(zip(weights, dilations)):
+            with lanes.lane(n):
+                _launch_conv(x, weight, None, dilation, False, y[n])
     p = plan(x.shape, branches)
     mean, var, factor = (x.new_empty((branches, channels), dtype=torch.float32) for _ in range(3))
     shift, out = x.new_empty((channels,), dtype=torch.float32), torch.empty_like(x)
@@ -154,20 +156,29 @@ def _gradients(
     p = plan(x.shape, branches)
     slopes = x.new_empty((3, branches, channels), dtype=torch.float32)
     dnorms = x.new_empty((2, branches, channels), dtype=torch.float32)
-    found, dx, dy = [], torch.empty_like(x) if input_grad else None, torch.empty_like(x)
+    dx = torch.empty_like(x) if input_grad else None
     with on(x.device):
         branch_slopes_kernel[(-(-channels // 16),)](
             _sums(y, grad, mean), mean, var, torch.stack(gammas), _eps(y, eps), slopes, dnorms[0], dnorms[1], channels,
             p['splits'], x.numel() // channels, N=branches, NB=p['sums']['NB'], BC=16,
         )  # fmt: skip
+    # A few branches at a time: the gradients of all maps at once would be the peak of the network's memory.
+    found = []
+    with on(x.device), Lanes(x.device, 3) as lanes:
         for n, (weight, dilation) in enumerate(zip(weights, dilations)):
-            # One branch at a time: the gradients of all maps at once would be the peak of the network's memory.
-            branch_grad_kernel[(p['programs'],)](
-                grad, y[n], slopes[0, n], dy, channels, batch * channels, p['vectors'], **p['planes']
-            )
+            with lanes.lane(n):
+                dy = torch.empty_like(x)
+                branch_grad_kernel[(p['programs'],)](
+                    grad, y[n], slopes[0, n], dy, channels, batch * channels, p['vectors'], **p['planes']
+                )
+                band = _launch_band(dy, weight, dilation, True) if input_grad else None
             if input_grad:
-                _launch_conv(dy, weight, None, dilation, True, dx, add=n > 0)
-            found.append(_launch_weight_grad(dy, x, weight.shape[-1], dilation).to(weight.dtype))
+                lanes.wait_for(n)
+                _launch_product(dy, band, weight, None, dilation, dx, add=n > 0)
+            with lanes.lane(n):
+                found.append(_launch_weight_grad(dy, x, weight.shape[-1], dilation).to(weight.dtype))
+                del dy, band  # what the lane makes next may be in their place
+            lanes.hold(n)
     return [*found, dnorms, dx] if input_grad else [*found, dnorms]
 
 

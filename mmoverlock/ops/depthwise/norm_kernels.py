@@ -3,8 +3,8 @@
 The branches' maps lie one behind the other, y[N, B, C, H, W]. A tile is all N branches (NB, a power of two) times BX
 positions, PX of one plane and as many planes as are left.
 
-Names: N branches; HW positions of a plane, HWV * V; FAR elements from one branch to the next; SPLITS parts that the
-batch is summed in, PART images each; COUNT values that a channel's statistics are of.
+Names: N branches; HW positions of a plane, HWV * V; FAR elements from one branch to the next; SPLITS parts that a
+channel is summed in, PART tiles each; COUNT values that a channel's statistics are of.
 """
 
 import triton
@@ -33,23 +33,23 @@ def branch_sums_kernel(
         centre = tl.load(y + n.to(tl.int64) * FAR + c * HW, mask=n < N, other=0.0).to(tl.float32)[:, None]
     one = tl.zeros((NB, BX), dtype=tl.float32)
     two = tl.zeros((NB, BX), dtype=tl.float32)
-    end = tl.minimum((split + 1) * PART, B)
-    for first in range(split * PART, end, BX // PX):
-        b = first + image
-        plane = (b * C + c).to(tl.int64) * HW
-        for start in range(0, HW, PX):
-            inside = (b < end) & (start + place < HW)
-            offset = plane + start + place
-            mask = (n < N)[:, None] & inside[None, :]
-            d = tl.load(branch + offset[None, :], mask=mask, other=0.0).to(tl.float32) - centre
-            if GRAD:
-                g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)[None, :]
-                one += g
-                two += g * d
-            else:
-                d = tl.where(mask, d, 0.0)
-                one += d
-                two += d * d
+    parts = tl.cdiv(HW, PX)
+    tiles = tl.cdiv(B, BX // PX) * parts
+    for tile in range(split * PART, tl.minimum((split + 1) * PART, tiles)):
+        b = tile // parts * (BX // PX) + image
+        position = tile % parts * PX + place
+        inside = (b < B) & (position < HW)
+        offset = (b * C + c).to(tl.int64) * HW + position
+        mask = (n < N)[:, None] & inside[None, :]
+        d = tl.load(branch + offset[None, :], mask=mask, other=0.0).to(tl.float32) - centre
+        if GRAD:
+            g = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)[None, :]
+            one += g
+            two += g * d
+        else:
+            d = tl.where(mask, d, 0.0)
+            one += d
+            two += d * d
     at = sums + (split * 2 * NB + n) * C + c
     tl.store(at, tl.sum(one, 1))
     tl.store(at + NB * C, tl.sum(two, 1))

@@ -43,11 +43,11 @@ def plan(shape, sizes: Tuple[int, ...], dilations: Tuple[int, ...], eps: Tuple[f
         spread=dict(**count, **kernels),
         gram=dict(VW=vector, BB=images, BG=64, num_stages=2),
         windows=dict(num_warps=1),
-        moments=dict(N=len(sizes), BU=64, num_warps=1),
+        moments=dict(N=len(sizes), BU=32, num_warps=1),
         statistics=dict(**count, EPS=eps),
         slopes=dict(**count, **kernels, EPS=eps, VW=vector, BB=16),
-        matrices=dict(BD=4),
-        product=dict(VW=vector, BM=images, BN=64, BK=64, num_stages=3),
+        matrices=dict(BD=4, num_warps=1),
+        product=dict(VW=vector, BM=images, BN=128, BK=32, num_stages=4),
     )
 
 

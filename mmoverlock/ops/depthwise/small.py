@@ -23,21 +23,19 @@ class Tuning:
     """Launch parameters, measured on an H200 with tools/analysis/benchmark_feed_forward.py.
 
     Args:
-        columns (tuple[int, ...]): Columns that a thread may own in the forward kernel; taken is what wastes least. Maps
-            of pictures of 224 x 224 are multiples of seven.
-        tile (int): Groups of columns times channels of a program of the forward kernel: two channels a thread.
-        grad_tile (int): Columns times channels of a program of the backward kernel, which keeps eleven sums for each.
+        columns, grad_columns (tuple[int, ...]): Columns that a thread may own, forward and backward;
+            taken is what wastes least. Maps of pictures of 224 x 224 are multiples of seven.
+        tile (int): Groups of columns times channels of a program: with ``warps``, two channels a thread.
         warps (int): Warps a program.
-        programs (int): Programs to aim at, by cutting the rows into strips.
-        grad_stages (int): Rows that are loaded ahead in the backward kernel.
+        programs, grad_programs (int): Programs to aim at, by cutting the rows into strips.
     """
 
     columns: Tuple[int, ...] = (7, 4)
+    grad_columns: Tuple[int, ...] = (4,)
     tile: int = 256
-    grad_tile: int = 256
     warps: int = 4
     programs: int = 2112
-    grad_stages: int = 1
+    grad_programs: int = 1056
 
 
 TUNING = Tuning()
@@ -61,39 +59,27 @@ def conv3x3_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: 
     return torch.ops.mmoverlock.depthwise_conv3x3(x, weight, bias, residual)
 
 
-def _strips(height: int, wanted: int, most: int) -> Tuple[int, int]:
-    """Rows of a strip, and strips."""
-    rows = -(-height // max(1, min(wanted, most)))
-    return rows, -(-height // rows)
-
-
 @lru_cache(maxsize=1024)
-def plan(shape, tuning: Tuning) -> Tuple[Tuple[int, ...], dict, int, int]:
-    """Sizes and constants of the forward kernel, programs to launch, and shares an image is summed in."""
+def plan(shape, own: Tuple[int, ...], programs: int, tuning: Tuning) -> Tuple[Tuple[int, ...], dict, int, int]:
+    """Sizes and constants of the kernels, programs to launch, and shares an image is summed in.
+
+    Args:
+        shape (tuple[int, int, int, int]): B, C, H, W.
+        own (tuple[int, ...]): Columns that a thread may own.
+        programs (int): To aim at.
+        tuning (Tuning): Tile and warps.
+    """
     batch, channels, height, width = shape
-    columns = min(tuning.columns, key=lambda n: -(-width // n) * n)
+    columns = min(own, key=lambda n: -(-width // n) * n)
     vector = next(v for v in (8, 4, 2, 1) if channels % v == 0)
     groups = -(-width // columns)
     across = min(power_of_two(channels), max(64, tuning.tile // power_of_two(groups)))  # 64: a line of the cache
     beside = tuning.tile // across
     lanes, blocks = -(-groups // beside), -(-channels // across)
-    rows, strips = _strips(height, -(-tuning.programs // (batch * lanes * blocks)), height // 7)
+    rows = -(-height // max(1, min(-(-programs // (batch * lanes * blocks)), height // 7)))
+    strips = -(-height // rows)
     sizes = (channels // vector, height, width, rows, strips, lanes)
     constants = dict(V=vector, N=columns, G=beside, BC=across, WHOLE=width % columns == 0, num_warps=tuning.warps)
-    return sizes, constants, batch * strips * lanes * blocks, strips * lanes
-
-
-@lru_cache(maxsize=1024)
-def plan_backward(shape, tuning: Tuning) -> Tuple[Tuple[int, ...], dict, int, int]:
-    """The same of the backward kernel."""
-    batch, channels, height, width = shape
-    columns = min((16, 8), key=lambda n: -(-width // n) * n)
-    vector = next(v for v in (8, 4, 2, 1) if channels % v == 0)
-    across = max(vector, min(tuning.grad_tile // columns, power_of_two(channels)))
-    lanes, blocks = -(-width // columns), -(-channels // across)
-    rows, strips = _strips(height, -(-tuning.programs // (batch * lanes * blocks)), height // 8)
-    sizes = (channels // vector, height, width, rows, strips, lanes)
-    constants = dict(V=vector, BW=columns, BC=across, num_warps=tuning.warps)
     return sizes, constants, batch * strips * lanes * blocks, strips * lanes
 
 
@@ -101,7 +87,7 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: 
     """The convolution of a channels-last map, and the shares [B, PARTS, C] of the sums of its squares, or None."""
     from .small_kernels import depthwise3_forward_kernel
 
-    sizes, constants, programs, parts = plan(x.shape, TUNING)
+    sizes, constants, programs, parts = plan(x.shape, TUNING.columns, TUNING.programs, TUNING)
     weight, out = weight.contiguous(), torch.empty_like(x)
     shares = x.new_empty((x.shape[0], parts, x.shape[1]), dtype=torch.float32) if squares else None
     with on(x.device):
@@ -132,14 +118,14 @@ def launch_backward(
     from .small_kernels import depthwise3_backward_kernel
 
     batch, channels = x.shape[:2]
-    sizes, constants, programs, parts = plan_backward(x.shape, TUNING)
+    sizes, constants, programs, parts = plan(x.shape, TUNING.grad_columns, TUNING.grad_programs, TUNING)
     out = torch.empty_like(x)
     sums = x.new_empty((batch * parts, 11, channels), dtype=torch.float32)
     y, scale, slope = grn or (x, sums, sums)
     with on(x.device):
         depthwise3_backward_kernel[(programs,)](
             grad, x, weight.contiguous(), y, scale, slope, out, sums, *sizes, **constants,
-            RESIDUAL=residual, GRN=grn is not None, GELU=gelu, STAGES=TUNING.grad_stages,
+            RESIDUAL=residual, GRN=grn is not None, GELU=gelu,
         )  # fmt: skip
     return out, sums.sum(0)
 

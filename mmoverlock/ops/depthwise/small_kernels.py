@@ -3,11 +3,10 @@
 A program walks down the rows of a strip and adds every row to the three rows of the output that it is part of; two rows
 of sums travel with the loop. Sums are float32.
 
-Forward, a thread owns N neighbouring columns of a few channels, so that it loads and converts N + 2 values for N
-outputs. Columns are separate tensors, in tuples: Triton lets a program choose what a thread owns in no other way. The
-next row is on its way while one is added, and what lies above and below the map is left to the first and the last row,
-so that the loop's only borders are those of columns. Backward, a tile has BW columns, and every row is loaded once for
-each of the three columns a tap may stand in (the second and third time from the cache).
+A thread owns N neighbouring columns of a few channels, so that it loads and converts N + 2 values for N outputs, and a
+tap's sum over them takes one register. Columns are separate tensors, in tuples: Triton lets a program choose what a
+thread owns in no other way. The next row is on its way while one is added, and what lies above and below the map is
+left to the first and the last row, so that the loop's only borders are those of columns.
 
 Names: B, C, H, W sizes of the map; ROWS of a strip; LANES, the tiles beside each other in a row; BC channels of a
 program; G groups of N columns, WHOLE: N divides W, so that a group is inside the map or outside it.
@@ -17,7 +16,6 @@ import os
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 _INTERPRETED = tl.constexpr(os.environ.get('TRITON_INTERPRET') == '1')
 _SIZES = ('C', 'H', 'W', 'ROWS', 'STRIPS', 'LANES')
@@ -34,7 +32,7 @@ def _taps(weight, c, valid, dy: tl.constexpr):
 
 
 @triton.jit
-def _place(C, H, W, ROWS, STRIPS, LANES, BW: tl.constexpr, BC: tl.constexpr, N: tl.constexpr = 1):
+def _place(C, H, ROWS, STRIPS, LANES, G: tl.constexpr, BC: tl.constexpr, N: tl.constexpr):
     """What a program works on: image, first row, one after the last, columns, of which every N-th, and channels.
 
     Channels vary fastest.
@@ -43,42 +41,50 @@ def _place(C, H, W, ROWS, STRIPS, LANES, BW: tl.constexpr, BC: tl.constexpr, N: 
     blocks = tl.cdiv(C, BC)
     c = pid % blocks * BC + tl.arange(0, BC)
     pid = pid // blocks
-    w = (pid % LANES * BW + tl.arange(0, BW)) * N
+    w = (pid % LANES * G + tl.arange(0, G)) * N
     pid = pid // LANES
     top = pid % STRIPS * ROWS
     return pid // STRIPS, top, tl.minimum(top + ROWS, H), w, c
 
 
 @triton.jit
-def _columns(w, W, known):
-    """Whether the columns left of, at and right of these are in the map, for the channels that are known."""
-    here = (w < W)[:, None] & known[None, :]
-    left = ((w >= 1) & (w - 1 < W))[:, None] & known[None, :]
-    right = (w + 1 < W)[:, None] & known[None, :]
-    return left, here, right
+def _bell(h):
+    """exp(-h² / 2), and the tail of the normal distribution beyond |h| over that.
 
-
-@triton.jit
-def gelu_parts(h):
-    """The share of ``h`` that GELU lets through, and its density: GELU is h p, its derivative p + h d.
-
-    The error function would be the dearest part of the feed-forward half. The tail of the normal distribution is
-    exp(-h² / 2) times a polynomial of 1 / (1 + 0.297 |h|), within 2.5e-6 of it everywhere (the fit
-    is of the relative error): a hundredth of what half precision rounds to.
+    The error function would be the dearest part of the feed-forward half. The tail over the bell is a polynomial of
+    1 / (1 + 0.297 |h|), within 2.5e-6 of it everywhere (the fit is of the relative error): a hundredth of what half
+    precision rounds to.
     """
+    denominator = 1.0 + 0.2969848480983500 * tl.minimum(tl.abs(h), 40.0)
     if _INTERPRETED:
         bell = tl.exp(-0.5 * h * h)
-        t = 1.0 / (1.0 + 0.2969848480983500 * tl.abs(h))
+        t = 1.0 / denominator
     else:  # one instruction each, which need not be right where they are below 1e-38
-        bell = libdevice.fast_expf(-0.5 * h * h)
-        t = libdevice.fast_dividef(1.0, 1.0 + 0.2969848480983500 * tl.abs(h))
+        power = (h * -0.72134752044448170) * h
+        bell = tl.inline_asm_elementwise('ex2.approx.ftz.f32 $0, $1;', '=f,f', [power], tl.float32, True, 1)
+        t = tl.inline_asm_elementwise('rcp.approx.ftz.f32 $0, $1;', '=f,f', [denominator], tl.float32, True, 1)
     tail = 0.245382190 - 0.083610976 * t
     tail = -0.049891734 + tail * t
     tail = 0.160694957 + tail * t
     tail = 0.108126324 + tail * t
     tail = 0.119300437 + tail * t
-    tail *= t * bell
-    return tl.where(h < 0, tail, 1.0 - tail), 0.3989422804014327 * bell
+    return bell, tail * t
+
+
+@triton.jit
+def gelu(h):
+    """GELU of float32: h, or nothing of it, less |h| times the tail."""
+    bell, tail = _bell(h)
+    return tl.maximum(h, 0.0) - tl.minimum(tl.abs(h), 40.0) * (bell * tail)
+
+
+@triton.jit
+def gelu_and_slope(h):
+    """GELU of float32 and its derivative: the share that it lets through, and h times the density."""
+    bell, tail = _bell(h)
+    size = tl.minimum(tl.abs(h), 40.0)
+    slope = bell * (tail - 0.3989422804014327 * size)  # on the negative side; on the other 1 less that
+    return tl.maximum(h, 0.0) - size * (bell * tail), tl.where(h < 0, slope, 1.0 - slope)
 
 
 @triton.jit
@@ -139,7 +145,7 @@ def depthwise3_forward_kernel(
     squares[B, STRIPS * LANES, C].
     """
     C = C * V
-    image, top, bottom, w, c = _place(C, H, W, ROWS, STRIPS, LANES, G, BC, N)
+    image, top, bottom, w, c = _place(C, H, ROWS, STRIPS, LANES, G, BC, N)
     known = c < C
     a0, a1, a2 = _taps(weight, c, known, 0)
     b0, b1, b2 = _taps(weight, c, known, 1)
@@ -190,11 +196,73 @@ def depthwise3_forward_kernel(
         tl.store(squares + part.to(tl.int64) * C + c, tl.sum(total, 0), mask=known)
 
 
+@triton.jit
+def _given(at, C, masks, N: tl.constexpr):
+    """The N columns of a row."""
+    values = ()
+    for n in tl.static_range(N):
+        values += (tl.load(at + n * C, mask=masks[n + 1], other=0.0),)
+    return values
+
+
+@triton.jit
+def _fetch(grad, y, at, C, masks, N: tl.constexpr, GRN: tl.constexpr):
+    """A row of what the gradient is made of."""
+    raw = _load(grad + at, C, masks, N)
+    if GRN:
+        raw += _load(y + at, C, masks, N)
+    return raw
+
+
+@triton.jit
+def _gradient(raw, s, t, N: tl.constexpr, GRN: tl.constexpr):
+    """A row of the gradient."""
+    found = ()
+    for n in tl.static_range(N + 2):
+        g = raw[n].to(tl.float32)
+        if GRN:
+            g = s * g + t * raw[N + 2 + n].to(tl.float32)
+        found += (g,)
+    return found
+
+
+@triton.jit
+def _backward_row(out, at, C, masks, taps, sums, above, level, below, given, N: tl.constexpr, WHOLE: tl.constexpr,
+                  GELU: tl.constexpr):  # fmt: skip
+    """Stores the map's gradient in a row; returns the sums with its share. From three rows of the output's gradient."""
+    a0, a1, a2, b0, b1, b2, c0, c1, c2 = taps
+    k00, k01, k02, k10, k11, k12, k20, k21, k22, shift, total = sums
+    # out[p] = sum of weight[d] u[p + d]: u[q] sees the gradient at q - d, and so does the gradient of that tap.
+    for n in tl.static_range(N):
+        u = given[n].to(tl.float32)
+        slope = 1.0
+        if GELU:
+            u, slope = gelu_and_slope(u)
+        k00 += u * below[n + 2]
+        k01 += u * below[n + 1]
+        k02 += u * below[n]
+        k10 += u * level[n + 2]
+        k11 += u * level[n + 1]
+        k12 += u * level[n]
+        k20 += u * above[n + 2]
+        k21 += u * above[n + 1]
+        k22 += u * above[n]
+        value = a0 * below[n + 2] + a1 * below[n + 1] + a2 * below[n]
+        value = value + b0 * level[n + 2] + b1 * level[n + 1] + b2 * level[n]
+        value = value + c0 * above[n + 2] + c1 * above[n + 1] + c2 * above[n]
+        if GELU:
+            value *= slope
+        tl.store(out + at + n * C, value.to(out.dtype.element_ty), mask=masks[n + 1])
+        shift += level[n + 1]
+        total += value if WHOLE else tl.where(masks[n + 1], value, 0.0)
+    return k00, k01, k02, k10, k11, k12, k20, k21, k22, shift, total
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def depthwise3_backward_kernel(
     grad, x, weight, y, scale, slope, out, sums, C, H, W, ROWS, STRIPS, LANES,
-    V: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
-    RESIDUAL: tl.constexpr, GRN: tl.constexpr, GELU: tl.constexpr, STAGES: tl.constexpr,
+    V: tl.constexpr, N: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr,
+    RESIDUAL: tl.constexpr, GRN: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the map, the kernels and the bias; C counts vectors of V channels.
 
@@ -203,82 +271,56 @@ def depthwise3_backward_kernel(
     The strip's shares of the gradients go to sums[B, STRIPS * LANES, 11, C]: nine taps, the bias, and the sum of out.
     """
     C = C * V
-    image, top, bottom, w, c = _place(C, H, W, ROWS, STRIPS, LANES, BW, BC)
+    image, top, bottom, w, c = _place(C, H, ROWS, STRIPS, LANES, G, BC, N)
     known = c < C
     a0, a1, a2 = _taps(weight, c, known, 0)
     b0, b1, b2 = _taps(weight, c, known, 1)
     c0, c1, c2 = _taps(weight, c, known, 2)
     if RESIDUAL:
         b1 += 1.0
+    taps = (a0, a1, a2, b0, b1, b2, c0, c1, c2)
+    s, t = 1.0, 0.0
     if GRN:
         s = tl.load(scale + image * C + c, mask=known, other=0.0)[None, :]
         t = tl.load(slope + image * C + c, mask=known, other=0.0)[None, :]
-    left, here, right = _columns(w, W, known)
+    masks = _masks(w, W, known, N, WHOLE)
     stride = (W * C).to(tl.int64)
-    start = image * H * stride
     at = w[:, None] * C + c[None, :]
+    start = image * H * stride
+    grad += start
+    x += start
+    y += start
+    out += start
+    last = tl.minimum(bottom, H - 1)
 
-    zeros = tl.zeros((BW, BC), dtype=tl.float32)
-    above, level = zeros, zeros  # the map's gradient in the row above the one that is read, and in that row
-    # What the convolution had been given in these rows, and GELU's slopes there. Zero at first, but that is not for the
-    # compiler to know: Triton 3.6 takes a value that follows another a turn later, from the same first one, for fixed.
-    nothing = (C < 0).to(tl.float32)
-    u0, u1 = zeros + nothing, zeros
-    slope0, slope1 = zeros + nothing, zeros
-    k00, k01, k02, k10, k11, k12, k20, k21, k22 = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
-    shift, total = zeros, zeros
-    for row in tl.range(top - 1, bottom + 1, num_stages=STAGES):
-        inside = (row >= 0) & (row < H)
-        line = start + row * stride
-        g0 = tl.load(grad + line + at - C, mask=left & inside, other=0.0).to(tl.float32)
-        g1 = tl.load(grad + line + at, mask=here & inside, other=0.0).to(tl.float32)
-        g2 = tl.load(grad + line + at + C, mask=right & inside, other=0.0).to(tl.float32)
-        if GRN:
-            g0 = s * g0 + t * tl.load(y + line + at - C, mask=left & inside, other=0.0).to(tl.float32)
-            g1 = s * g1 + t * tl.load(y + line + at, mask=here & inside, other=0.0).to(tl.float32)
-            g2 = s * g2 + t * tl.load(y + line + at + C, mask=right & inside, other=0.0).to(tl.float32)
-        # The next row of what the convolution had been given.
-        mine = here & (row + 1 < bottom)
-        h = tl.load(x + line + stride + at, mask=mine, other=0.0).to(tl.float32)
-        u2 = h
-        slope2 = zeros
-        if GELU:
-            p, d = gelu_parts(h)
-            u2 = (h * p).to(out.dtype.element_ty).to(tl.float32)  # as it was rounded
-            slope2 = p + h * d
-        # out[row] = sum of weight[dy, dx] u[row + dy - 1, . + dx - 1]: a tap's gradient pairs g with u on its other
-        # side, and u sees g through the kernel turned by half a turn.
-        k00 += u0 * g2
-        k01 += u0 * g1
-        k02 += u0 * g0
-        k10 += u1 * g2
-        k11 += u1 * g1
-        k12 += u1 * g0
-        k20 += u2 * g2
-        k21 += u2 * g1
-        k22 += u2 * g0
-        shift += tl.where((row >= top) & (row < bottom), g1, 0.0)
-        above += a2 * g0 + a1 * g1 + a0 * g2
-        if GELU:
-            above *= slope0
-        value = above.to(out.dtype.element_ty)
-        mine = here & (row > top)
-        tl.store(out + line - stride + at, value, mask=mine)
-        total += tl.where(mine, value.to(tl.float32), 0.0)
-        above = level + b2 * g0 + b1 * g1 + b0 * g2
-        level = c2 * g0 + c1 * g1 + c0 * g2
-        u0, u1 = u1, u2
-        slope0, slope1 = slope1, slope2
+    inside = ()
+    for n in tl.static_range(N + 2):
+        inside += (masks[n] & (top > 0),)
+    above = _fetch(grad, y, (top - 1) * stride + at, C, inside, N, GRN)
+    level = _fetch(grad, y, top * stride + at, C, masks, N, GRN)
+    raw = _fetch(grad, y, tl.minimum(top + 1, last) * stride + at, C, masks, N, GRN)
+    given = _given(x + top * stride + at, C, masks, N)
+    above = _gradient(above, s, t, N, GRN)
+    level = _gradient(level, s, t, N, GRN)
+    zeros = tl.zeros((G, BC), dtype=tl.float32)
+    found = (zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
+    for row in tl.range(top, bottom - 1, num_stages=1):
+        below = _gradient(raw, s, t, N, GRN)
+        now = given
+        raw = _fetch(grad, y, tl.minimum(row + 2, last) * stride + at, C, masks, N, GRN)
+        given = _given(x + (row + 1) * stride + at, C, masks, N)
+        found = _backward_row(out, row * stride + at, C, masks, taps, found, above, level, below, now, N, WHOLE, GELU)
+        above = level
+        level = below
+    raw = _gradient(raw, s, t, N, GRN)
+    below = ()
+    for n in tl.static_range(N + 2):
+        below += (tl.where(bottom < H, raw[n], 0.0),)
+    place = (bottom - 1) * stride + at
+    found = _backward_row(out, place, C, masks, taps, found, above, level, below, given, N, WHOLE, GELU)
     part = tl.program_id(0) // tl.cdiv(C, BC)
     place = sums + part.to(tl.int64) * 11 * C + c
-    tl.store(place, tl.sum(k00, 0), mask=known)
-    tl.store(place + C, tl.sum(k01, 0), mask=known)
-    tl.store(place + 2 * C, tl.sum(k02, 0), mask=known)
-    tl.store(place + 3 * C, tl.sum(k10, 0), mask=known)
-    tl.store(place + 4 * C, tl.sum(k11, 0), mask=known)
-    tl.store(place + 5 * C, tl.sum(k12, 0), mask=known)
-    tl.store(place + 6 * C, tl.sum(k20, 0), mask=known)
-    tl.store(place + 7 * C, tl.sum(k21, 0), mask=known)
-    tl.store(place + 8 * C, tl.sum(k22, 0), mask=known)
-    tl.store(place + 9 * C, tl.sum(shift, 0), mask=known)
-    tl.store(place + 10 * C, tl.sum(total, 0), mask=known)
+    for n in tl.static_range(11):
+        # Groups right of the map have a neighbour in it, and so numbers that are nobody's.
+        share = tl.where(masks[1], found[n], 0.0) if n == 10 else found[n]
+        tl.store(place + n * C, tl.sum(share, 0), mask=known)

@@ -247,17 +247,31 @@ def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, flip
 
 def _launch_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, flip: bool, out: Tensor, add=False):
     """Writes the convolution of a contiguous map to ``out``, or adds it."""
-    from .triton_kernels import depthwise_band_kernel, depthwise_forward_kernel
+    _launch_product(x, _launch_band(x, weight, dilation, flip), weight, bias, dilation, out, add)
 
-    channels, size = x.shape[1], weight.shape[-1]
-    weight = weight.contiguous()
-    plan, constants = forward_launch(x, size, dilation)
-    band = x.new_empty((channels, size, plan.window[1], plan.tile[1]))
+
+def _launch_band(x: Tensor, weight: Tensor, dilation: int, flip: bool) -> Tensor:
+    """The kernel as the matrix that windows of ``x`` are multiplied with."""
+    from .triton_kernels import depthwise_band_kernel
+
+    size = weight.shape[-1]
+    plan, _ = forward_launch(x, size, dilation)
+    band = x.new_empty((x.shape[1], size, plan.window[1], plan.tile[1]))
     with on(x.device):
         depthwise_band_kernel[(-(-band.numel() // 1024),)](
-            weight, band, size, dilation, plan.reach, band.numel(),
+            weight.contiguous(), band, size, dilation, plan.reach, band.numel(),
             BU=plan.window[1], BN=plan.tile[1], FLIP=flip, BLOCK=1024,
         )  # fmt: skip
+    return band
+
+
+def _launch_product(x: Tensor, band: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, out: Tensor, add):
+    """The convolution, once the band is made; of ``weight`` only the size counts."""
+    from .triton_kernels import depthwise_forward_kernel
+
+    channels, size = x.shape[1], weight.shape[-1]
+    plan, constants = forward_launch(x, size, dilation)
+    with on(x.device):
         depthwise_forward_kernel[(channels * plan.groups * -(-plan.lanes // constants['BM']),)](
             x, band, weight if bias is None else bias, out, *plan.maps(x), *plan.sizes(size), **constants,
             BIAS=bias is not None, ADD=add,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..depthwise.small import launch_backward, launch_forward
 from ..triton_common import (
     HALF,
+    Lanes,
     compute_input,
     definition_gradients,
     differentiated_again,
@@ -32,11 +33,18 @@ class Tuning:
 
     Args:
         expand, project, project_grad (tuple): Of the three kernels.
+        small_expand, small_project (tuple): Of the first two where large tiles would leave most of a GPU empty, ...
+        programs (int): ... with fewer programs than this.
+        shares (int): Shares of an image's sums from which on they are summed by many programs.
     """
 
     expand: Tuple[int, ...] = (128, 128, 64, 8, 3, 128)
     project: Tuple[int, ...] = (128, 128, 64, 4, 3, 255)
     project_grad: Tuple[int, ...] = (128, 64, 64, 4, 3, 255)
+    small_expand: Tuple[int, ...] = (64, 64, 64, 4, 3, 255)
+    small_project: Tuple[int, ...] = (32, 32, 64, 4, 5, 255)
+    programs: int = 66
+    shares: int = 32
 
 
 TUNING = Tuning()
@@ -84,9 +92,30 @@ def _tiles(tuning: Tuple[int, ...], rows: int, columns: int, dtype: torch.dtype)
     )
 
 
+def _tuning(large: Tuple[int, ...], small: Tuple[int, ...], images: int, rows: int, columns: int) -> Tuple[int, ...]:
+    """Which of two tiles, for products of ``rows`` by ``columns`` apart for so many images."""
+    programs = images * -(-rows // large[0]) * -(-columns // large[1])
+    return small if programs < TUNING.programs else large
+
+
 def _channels_last(x: Tensor, channels: int) -> Tensor:
     batch, _, height, width = x.shape
     return x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
+
+
+def _fewer_shares(shares: Tensor) -> Tensor:
+    """Shares [B, PARTS, E] of sums; if they are many, their sums [B, 1, E].
+
+    They are read by kernels with one program an image, which are slow at it where a few large images leave a GPU empty.
+    """
+    from .triton_kernels import sum_shares_kernel
+
+    batch, parts, columns = shares.shape
+    if parts < TUNING.shares:
+        return shares
+    sums = shares.new_empty((batch, 1, columns))
+    sum_shares_kernel[(batch * -(-columns // 32),)](shares, sums, parts, columns // 8, V=8, BP=128, BE=32)
+    return sums
 
 
 @torch.library.custom_op('mmoverlock::feed_forward', mutates_args=())
@@ -104,18 +133,21 @@ def _feed_forward(
     active = _channels_last(x, hidden)
     given = torch.empty_like(active) if keep else active
     with on(x.device):
-        tiles = _tiles(TUNING.expand, batch * pixels, hidden, x.dtype)
+        tuning = _tuning(TUNING.expand, TUNING.small_expand, 1, batch * pixels, hidden)
+        tiles = _tiles(tuning, batch * pixels, hidden, x.dtype)
         ffn_expand_kernel[(-(-batch * pixels // tiles['BM']) * -(-hidden // tiles['BN']),)](
             x, weight1, bias1, given, active, batch * pixels, channels // 8, hidden // 8, **tiles, KEEP=keep
         )
         y, squares = launch_forward(active, dw_weight, dw_bias, residual, True)
+        squares = _fewer_shares(squares)
         scale, norm = (x.new_empty((batch, hidden), dtype=torch.float32) for _ in range(2))
         rounded = x.new_empty((batch, hidden))
         grn_scale_kernel[(batch,)](
-            squares, gamma, scale, rounded, norm, squares.shape[1], hidden, eps, BE=power_of_two(hidden)
+            squares, gamma, scale, rounded, norm, squares.shape[1], hidden // 8, eps, V=8, BE=power_of_two(hidden)
         )
         out = _channels_last(x, channels_out)
-        tiles = _tiles(TUNING.project, pixels, channels_out, x.dtype)
+        tuning = _tuning(TUNING.project, TUNING.small_project, batch, pixels, channels_out)
+        tiles = _tiles(tuning, pixels, channels_out, x.dtype)
         ffn_project_kernel[(batch * -(-pixels // tiles['BM']) * -(-channels_out // tiles['BN']),)](
             y, rounded, beta.to(x.dtype), weight2, bias2, out, pixels, hidden // 8, channels_out // 8, **tiles,
             WHOLE=hidden % tiles['BK'] == 0,
@@ -148,8 +180,8 @@ def _gradients(
     beta: Tensor, weight2: Tensor, bias2: Tensor, given: Tensor, y: Tensor, scale: Tensor, norm: Tensor, eps: float,
     residual: bool, input_grad: bool,
 ) -> List[Tensor]:  # fmt: skip
-    """Gradients of both products' weights; of the 3x3's nine taps, its bias and the first bias, in rows; of gamma and
-    beta; of the second bias; and at last that of x if it is wanted. What is not a weight is float32."""
+    """Gradients of both products' weights; of the 3x3's nine taps, its bias and the first bias, in rows; of gamma, beta
+    and the second bias, in a row; and at last that of x if it is wanted. What is not a weight is float32."""
     from .triton_kernels import ffn_project_grad_kernel, grn_grad_kernel
 
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
@@ -163,30 +195,39 @@ def _gradients(
         tiles = _tiles(TUNING.project_grad, pixels, hidden, x.dtype)
         per_image = -(-pixels // tiles['BM'])
         z, dz = torch.empty_like(y), torch.empty_like(y)
-        sums = x.new_empty((batch, per_image, 2, hidden), dtype=torch.float32)
+        sums = x.new_empty((batch, per_image, 2 * hidden + channels_out), dtype=torch.float32)
         ffn_project_grad_kernel[(batch * per_image * -(-hidden // tiles['BN']),)](
             grad, weight2.to(x.dtype).contiguous(), y, scale, beta, z, dz, sums,
             pixels, hidden // 8, channels_out // 8, **tiles,
         )  # fmt: skip
-        dweight2 = _product(rows(grad), rows(z), weight2)
-        del z
         slope = x.new_empty((batch, hidden), dtype=torch.float32)
-        dgrn = x.new_empty((batch, 2, hidden), dtype=torch.float32)
-        grn_grad_kernel[(batch,)](sums, gamma, norm, slope, dgrn, per_image, hidden, eps, BE=power_of_two(hidden))
-    dgiven, taps = launch_backward(dz, given, dw_weight, residual, (y, scale, slope), True)
-    del dz
-    found = [_product(rows(dgiven), rows(x), weight1), dweight2, taps, dgrn.sum(0)]
-    found.append(grad.sum((0, 2, 3), dtype=torch.float32))
-    if input_grad:
-        dx = torch.mm(rows(dgiven), weight1.to(x.dtype).view(hidden, channels))
-        found.append(dx.view(batch, height, width, channels).permute(0, 3, 1, 2))
+        with Lanes(x.device, 1) as lanes:  # weights' gradients, for which nothing waits, beside the rest
+            with lanes.lane(0):
+                dweight2 = _product(rows(grad), rows(z), weight2)
+            lanes.keep(z)
+            del z
+            sums = _fewer_shares(sums)
+            grads = x.new_empty((batch, sums.shape[2]), dtype=torch.float32)
+            grn_grad_kernel[(batch,)](
+                sums, gamma, norm, slope, grads, sums.shape[1], hidden // 8, channels_out // 8, eps,
+                V=8, BE=power_of_two(hidden), BR=power_of_two(hidden + channels_out),
+            )  # fmt: skip
+            dgiven, taps = launch_backward(dz, given, dw_weight, residual, (y, scale, slope), True)
+            del dz
+            lanes.hold(0)
+            with lanes.lane(0):
+                dweight1 = _product(rows(dgiven), rows(x), weight1)
+            found = [dweight1, dweight2, taps, grads.sum(0)]
+            if input_grad:
+                dx = torch.mm(rows(dgiven), weight1.to(x.dtype).view(hidden, channels))
+                found.append(dx.view(batch, height, width, channels).permute(0, 3, 1, 2))
     return found
 
 
 @_gradients.register_fake
 def _(grad, x, weight1, bias1, dw_weight, dw_bias, gamma, beta, weight2, bias2, given, y, scale, norm, eps, residual,
       input_grad):  # fmt: skip
-    shapes = ((11, weight1.shape[0]), (2, weight1.shape[0]), (weight2.shape[0],))
+    shapes = ((11, weight1.shape[0]), (2 * weight1.shape[0] + weight2.shape[0],))
     found = [w.new_empty(w.shape) for w in (weight1, weight2)]
     found += [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
     return [*found, _channels_last(x, x.shape[1])] if input_grad else found
@@ -208,10 +249,11 @@ def _backward(ctx, grads: List[Optional[Tensor]]) -> Tuple[Optional[Tensor], ...
     # The layout is chosen here, where torch.compile can make it part of what computes the gradient.
     grad = grads[0].contiguous(memory_format=torch.channels_last)
     input_grad = ctx.needs_input_grad[0]
-    dweight1, dweight2, taps, dgrn, dbias2, *dx = torch.ops.mmoverlock.feed_forward_backward(
+    dweight1, dweight2, taps, row, *dx = torch.ops.mmoverlock.feed_forward_backward(
         grad, *inputs, given, y, scale, norm, ctx.eps, ctx.residual, input_grad
     )
-    small = (taps[10], taps[:9].t(), taps[9], *dgrn, dbias2)
+    hidden, out = inputs[1].shape[0], inputs[7].shape[0]
+    small = (taps[10], taps[:9].t(), taps[9], *row.split((hidden, hidden, out)))
     places = (2, 3, 4, 5, 6, 8)  # of biases, 3x3, gamma and beta among the inputs
     small = {n: g.to(inputs[n].dtype).reshape(inputs[n].shape) for n, g in zip(places, small)}
     return (dx[0] if dx else None, dweight1, *(small[n] for n in (2, 3, 4, 5, 6)), dweight2, small[8], *nothing)

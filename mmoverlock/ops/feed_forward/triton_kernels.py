@@ -10,7 +10,7 @@ BM, BN, BK rows, columns and depth of a product's tile.
 import triton
 import triton.language as tl
 
-from ..depthwise.small_kernels import gelu_parts
+from ..depthwise.small_kernels import gelu
 
 _SIZES = ('M', 'PIXELS', 'C', 'E', 'F', 'PARTS', 'TILES')
 
@@ -41,16 +41,33 @@ def ffn_expand_kernel(
     if KEEP:
         tl.store(hidden + rows * E + n[None, :], h, mask=mask)
     h = h.to(tl.float32)
-    share, _ = gelu_parts(h)
-    tl.store(active + rows * E + n[None, :], (h * share).to(active.dtype.element_ty), mask=mask)
+    tl.store(active + rows * E + n[None, :], gelu(h).to(active.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def grn_scale_kernel(squares, gamma, scale, rounded, norm, PARTS, E, eps, BE: tl.constexpr):
+def sum_shares_kernel(shares, sums, PARTS, E, V: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr):
+    """sums[B, E] of shares[B, PARTS, E]; a program has BE columns of an image and takes BP rows at a time."""
+    E = E * V
+    blocks = tl.cdiv(E, BE)
+    pid = tl.program_id(0)
+    image = pid // blocks
+    e = pid % blocks * BE + tl.arange(0, BE)
+    p = tl.arange(0, BP)
+    known = (e < E)[None, :]
+    at = shares + image.to(tl.int64) * PARTS * E + p[:, None] * E + e[None, :]
+    total = tl.zeros((BP, BE), dtype=tl.float32)
+    for part in range(0, PARTS, BP):
+        total += tl.load(at + part * E, mask=(part + p < PARTS)[:, None] & known, other=0.0)
+    tl.store(sums + image * E + e, tl.sum(total, 0), mask=e < E)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def grn_scale_kernel(squares, gamma, scale, rounded, norm, PARTS, E, eps, V: tl.constexpr, BE: tl.constexpr):
     """From the shares of the sums of squares, [B, PARTS, E], the norm of every channel and what it is scaled with.
 
     ``rounded`` gets the latter in its own type.
     """
+    E = E * V
     image = tl.program_id(0)
     e = tl.arange(0, BE)
     total = tl.zeros((BE,), dtype=tl.float32)
@@ -115,7 +132,7 @@ def ffn_project_grad_kernel(
 ):  # fmt: skip
     """dz = grad weight, beside it z = scale[image] y + shift, which the weight's gradient needs.
 
-    The tile's sums over its rows of dz y and of dz go to sums[B, tiles, 2, E].
+    The tile's sums over its rows of dz y, of dz and of grad go to sums[B, tiles, E + E + F].
     """
     E, F = E * V, F * V
     columns, tiles = tl.cdiv(E, BN), tl.cdiv(PIXELS, BM)
@@ -127,6 +144,12 @@ def ffn_project_grad_kernel(
     k = tl.arange(0, BK)
     rows = (image.to(tl.int64) * PIXELS + m)[:, None]
     inside = (m < PIXELS)[:, None]
+    place = sums + tile.to(tl.int64) * (2 * E + F)
+    # The programs of a tile share grad's columns out among them; all of them read all of it below.
+    for first in range(pid % columns * BK, F, columns * BK):
+        f = first + k
+        a = tl.load(grad + rows * F + f[None, :], mask=inside & (f < F)[None, :], other=0.0).to(tl.float32)
+        tl.store(place + 2 * E + f, tl.sum(a, 0), mask=f < F)
     acc = tl.zeros((BM, BN), dtype=tl.float32)
     for first in range(0, F, BK):
         f = first + k
@@ -141,27 +164,31 @@ def ffn_project_grad_kernel(
     t = tl.load(shift + n, mask=known, other=0.0).to(tl.float32)
     tl.store(z + at, (map_ * s[None, :] + t[None, :]).to(z.dtype.element_ty), mask=mask)
     tl.store(dz + at, acc.to(dz.dtype.element_ty), mask=mask)
-    place = sums + tile.to(tl.int64) * 2 * E + n
-    tl.store(place, tl.sum(acc * map_, 0), mask=known)
-    tl.store(place + E, tl.sum(acc, 0), mask=known)
+    tl.store(place + n, tl.sum(acc * map_, 0), mask=known)
+    tl.store(place + E + n, tl.sum(acc, 0), mask=known)
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def grn_grad_kernel(sums, gamma, norm, slope, grads, TILES, E, eps, BE: tl.constexpr):
+def grn_grad_kernel(
+    sums, gamma, norm, slope, grads, TILES, E, F, eps, V: tl.constexpr, BE: tl.constexpr, BR: tl.constexpr
+):
     """From the sums of ``ffn_project_grad_kernel``: the slope by which y adds to its gradient, and an image's share of
-    the gradients of gamma and beta, grads[B, 2, E]."""
+    the gradients of gamma, beta and the second bias, grads[B, E + E + F]. The last two, the rest, are the sums."""
+    E, F = E * V, F * V
     image = tl.program_id(0)
     e = tl.arange(0, BE)
+    r = tl.arange(0, BR)
     product = tl.zeros((BE,), dtype=tl.float32)
-    plain = tl.zeros((BE,), dtype=tl.float32)
+    rest = tl.zeros((BR,), dtype=tl.float32)
     for tile in range(0, TILES):
-        place = sums + (image * TILES + tile).to(tl.int64) * 2 * E + e
-        product += tl.load(place, mask=e < E, other=0.0)
-        plain += tl.load(place + E, mask=e < E, other=0.0)
+        place = sums + (image * TILES + tile).to(tl.int64) * (2 * E + F)
+        product += tl.load(place + e, mask=e < E, other=0.0)
+        rest += tl.load(place + E + r, mask=r < E + F, other=0.0)
     g = tl.load(norm + image * E + e, mask=e < E, other=0.0)
     mean = tl.sum(g, 0) / E + eps
     dresponse = tl.load(gamma + e, mask=e < E, other=0.0).to(tl.float32) * product
     dnorm = dresponse / mean - tl.sum(dresponse * g, 0) / (mean * mean * E)
     tl.store(slope + image * E + e, tl.where(g > 0, dnorm / tl.where(g > 0, g, 1.0), 0.0), mask=e < E)
-    tl.store(grads + image * 2 * E + e, product * (g / mean), mask=e < E)
-    tl.store(grads + (image * 2 + 1) * E + e, plain, mask=e < E)
+    place = grads + image * (2 * E + F)
+    tl.store(place + e, product * (g / mean), mask=e < E)
+    tl.store(place + E + r, rest, mask=r < E + F)
