@@ -49,13 +49,30 @@ def available_backends(operator: str) -> tuple:
     return tuple(b.name for b in _OPERATORS[operator])
 
 
+def _wished(text: str, operator: str) -> str:
+    """The backend that the environment variable says for an operator; 'auto' if none."""
+    found = 'auto'
+    for part in text.split(','):
+        target, _, name = part.strip().rpartition('=')
+        if target and target not in _OPERATORS:
+            operators = ', '.join(sorted(_OPERATORS))
+            raise BackendError(f'{ENV_VARIABLE}={text!r}: no operator {target!r}; known: {operators}')
+        known = {b.name for n, group in _OPERATORS.items() if target in ('', n) for b in group}
+        if name != 'auto' and name not in known:
+            raise BackendError(f'{ENV_VARIABLE}={text!r} names no backend; known: auto, {", ".join(sorted(known))}')
+        if target == operator or (not target and name in {b.name for b in _OPERATORS[operator]}):
+            found = name
+    return found
+
+
 def dispatch(operator: str, backend: str, *args):
     """Runs ``operator`` with the backend that was asked for, or with the best that accepts the call.
 
     Args:
         operator (str): Name given to :func:`register`.
         backend (str): ``'auto'`` or a backend's name. ``'auto'`` is overridden by the environment variable
-            ``MMOVERLOCK_BACKEND``, which applies to the operators that have a backend of that name.
+            ``MMOVERLOCK_BACKEND``: a name, for the operators that have a backend of that name, or for single operators
+            ``contmix=reference,feed_forward=triton``.
         *args: The operator's arguments.
 
     Raises:
@@ -64,11 +81,7 @@ def dispatch(operator: str, backend: str, *args):
     backends = _OPERATORS[operator]
     names = [b.name for b in backends]
     if backend == 'auto':
-        wished = os.environ.get(ENV_VARIABLE, 'auto')
-        known = {b.name for group in _OPERATORS.values() for b in group}
-        if wished != 'auto' and wished not in known:
-            raise BackendError(f'{ENV_VARIABLE}={wished!r} names no backend; known: auto, {", ".join(sorted(known))}')
-        backend = wished if wished in names else 'auto'
+        backend = _wished(os.environ.get(ENV_VARIABLE, 'auto'), operator)
     if backend == 'auto':
         for candidate in backends:
             if candidate.auto and candidate.refuse(*args) is None:

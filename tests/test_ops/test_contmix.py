@@ -180,6 +180,17 @@ def test_environment_variable_overrides_auto(monkeypatch):
     monkeypatch.setenv('MMOVERLOCK_BACKEND', 'nattn')
     with pytest.raises(BackendError, match="MMOVERLOCK_BACKEND='nattn' names no backend"):
         contmix(*args)
+    monkeypatch.setenv('MMOVERLOCK_BACKEND', 'reference,contmix=natten')
+    with pytest.raises(BackendError, match="'natten'.*cannot be used"):
+        contmix(*args)
+    monkeypatch.setenv('MMOVERLOCK_BACKEND', 'feed_forward=triton')  # not of this operator
+    contmix(*args)
+    monkeypatch.setenv('MMOVERLOCK_BACKEND', 'feed_forward=natten')
+    with pytest.raises(BackendError, match='names no backend; known: auto, reference, triton'):
+        contmix(*args)
+    monkeypatch.setenv('MMOVERLOCK_BACKEND', 'conmix=natten')
+    with pytest.raises(BackendError, match="no operator 'conmix'; known: contmix, "):
+        contmix(*args)
 
 
 def test_natten_backend_speaks_nattens_language(monkeypatch):

@@ -108,7 +108,7 @@ class Job:
         run (str): One of ``RUNS``.
         form (str): Key of ``get_flops.FORMS``; '-' for a peer, which has one form.
         layout (str): Memory format of model and input: 'nchw' or 'nhwc'.
-        backend (str): Of our operators.
+        backend (str): Of our operators, as the environment variable says it.
     """
 
     model: str
@@ -149,7 +149,7 @@ def is_peer(job: Job) -> bool:
 
 
 def suites() -> dict:
-    """Lists of jobs that have a name: the targets of a GPU, those of a CPU, whole models as papers report them."""
+    """Lists of jobs that have a name."""
     ways = ['eager', 'graphs', 'blocks+graphs']
     detection = dict(task='det', shape=(800, 1280), batch=2, dtype='fp16')
     configs = [
@@ -160,15 +160,26 @@ def suites() -> dict:
         # The deep ones first: with --parallel they take longest to compile.
         targets=[
             *grid(model=['b', 's', 't', 'xt'], batch=128, dtype='fp16-pure', run='blocks+graphs'),
-            *grid(model='t', mode='train', batch=64, dtype='fp16', run=[*ways, 'blocks']),
+            *grid(model='t', mode='train', batch=64, dtype='fp16', run=ways),
             *grid(model='t', mode=['eval', 'train'], **detection, run=ways),
-            *grid(model='t', mode='train', **detection, run='blocks'),
             *grid(model='t', batch=128, dtype='fp16-pure', run=['eager', 'graphs']),
             *grid(model='t', dtype='fp16-pure', run=['eager', 'blocks+graphs']),
             *grid(model='convnext_tiny', batch=128, dtype='fp16-pure', run=['eager', 'compile+cudagraph']),
             *grid(model='convnext_tiny', mode='train', batch=64, dtype='fp16', run=['eager', 'compile']),
             *grid(model='convnext_tiny', mode=['eval', 'train'], **detection, run=['eager', 'compile']),
             *grid(model='convnext_tiny', dtype='fp16-pure', run=['eager', 'compile+cudagraph']),
+        ],
+        # What the fused ContMix changes for whole networks.
+        contmix=[
+            job
+            for model in ('b', 's', 't', 'xt')
+            for known in (
+                dict(mode='train', batch=64, dtype='fp16'),
+                dict(mode='train', **detection),
+                dict(batch=128, dtype='fp16-pure'),
+                detection,
+            )
+            for job in grid(model=model, **known, run='graphs', backend=['auto', 'contmix=reference'])
         ],
         cpu=[
             *grid(model=['xt', 'convnext_tiny']),
@@ -630,24 +641,32 @@ class Row:
         job = self.job
         if self.cuda:
             torch.backends.cudnn.benchmark = self.options.cudnn_benchmark
+        peak = None
         with backend(job.backend):
+            if job.run in RECORDED:  # torch's counter does not see a graph's memory: of a step before the recording
+                peak = self.peak(self.step)
             step = self.capture() if job.run in CAPTURED else self.step
             if job.run in GRAPHS:
                 for _ in range(4):  # what is checked is a recording
                     step()
             result = dict(error=self.error(step()), tolerance=self.tolerance)
-            self.empty()
-            held = self.memory()
-            if self.cuda:
-                torch.cuda.reset_peak_memory_stats()
             times = self.times(step)
+            if self.cuda and job.run not in GRAPHS:
+                peak = self.peak(step)
         ms = statistics.median(times)
-        peak = None
-        if self.cuda and job.run not in GRAPHS:  # torch's counter does not see a graph's memory
-            network = (*self.model.parameters(), *self.model.buffers(), self.image)
-            peak = (torch.cuda.max_memory_allocated() - held + sum(t.nbytes for t in network)) / 2**30
         good = result['error'] <= result['tolerance']  # not so for NaN
         return dict(result, img_s=job.batch / ms * 1e3, ms=ms, gib=peak, status='ok' if good else 'WRONG')
+
+    def peak(self, step) -> float:
+        """GiB of network, input and what a step allocates."""
+        self.model.zero_grad(set_to_none=True)
+        self.empty()
+        held = self.memory()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        network = (*self.model.parameters(), *self.model.buffers(), self.image)
+        return (torch.cuda.max_memory_allocated() - held + sum(t.nbytes for t in network)) / 2**30
 
     @property
     def tolerance(self) -> float:
@@ -1007,7 +1026,7 @@ def add_job_arguments(parser, several=True) -> None:
     parser.add_argument('--run', choices=RUNS, default=default('eager'), help='default: eager', **many)
     parser.add_argument('--form', choices=get_flops.FORMS, default=default('deploy'), help='of ours, for eval', **many)
     parser.add_argument('--layout', choices=['nchw', 'nhwc'], default=default('nchw'), help='memory format', **many)
-    parser.add_argument('--backend', default=default('auto'), help='of our operators; default: auto', **many)
+    parser.add_argument('--backend', default=default('auto'), help='of our operators, as in MMOVERLOCK_BACKEND', **many)
     parser.add_argument('--device', help='cuda or cpu; default: cuda where there is one')
     parser.add_argument('--threads', type=positive, help='of the CPU')
 

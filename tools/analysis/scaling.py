@@ -38,6 +38,7 @@ def parse_args(argv=None):
     parser.add_argument('--no-sync-bn', action='store_true', help="leave batch norms as they are, also if the config's "
                         'sync_bn says otherwise')  # fmt: skip
     parser.add_argument('--compile', action='store_true', help='compile the blocks of the backbone')
+    parser.add_argument('--cuda-graphs', action='store_true', help='record the backbone as CUDA graphs; needs GPUs')
     args = parser.parse_args(argv)
     if min(args.iters, args.batch_size, args.size) < 1 or args.warmup < 0:
         parser.error('--iters, --batch-size and --size must be at least 1, --warmup at least 0')
@@ -97,7 +98,7 @@ def build(path: str, args):
 
     Args:
         path (str): Config file.
-        args (argparse.Namespace): ``batch_size``, ``size``, ``compile``.
+        args (argparse.Namespace): ``batch_size``, ``size``, ``compile``, ``cuda_graphs``.
 
     Returns:
         tuple: The model, what its ``train_step`` takes, and the config.
@@ -113,6 +114,7 @@ def build(path: str, args):
         raise cli.UserError(f'{path}: its model has no OverLoCK backbone')
     cli.check_model(cfg)
     backbone.init_cfg = None
+    backbone.cuda_graphs = args.cuda_graphs
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     inputs = torch.randint(0, 256, (args.batch_size, 3, args.size, args.size), dtype=torch.uint8)
     if backbone.get('out_type') == 'classification':
