@@ -790,8 +790,10 @@ def side_by_side(jobs, options):
     """
     context = multiprocessing.get_context('spawn')
     groups = {}
-    for i, job in enumerate(jobs):  # compiled rows each in a process; the others of a model follow each other
-        groups.setdefault(i if job.compiled else job.model, []).append(i)
+    for i, job in enumerate(
+        jobs
+    ):  # compiled rows each in a process; others that share what they are checked with in one
+        groups.setdefault(i if job.compiled else job.case, []).append(i)
     os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '2')
     lock = context.Semaphore(3)
     workers, problems, pending = {}, {}, {}
