@@ -26,6 +26,14 @@ def test_rates_efficiency_and_traffic(tmp_path):
     assert len(first['lines']) == 5 and second['lines'] == []  # the first process speaks
 
 
+def test_gradients_in_one_piece(tmp_path):
+    config = write_config(tmp_path / 'cls.py', 'cls', tmp_path)
+    argv = [config, '--batch-size', '2', '--size', '64', '--iters', '1', '--warmup', '1', '--flat']
+    for process in together.call(together.scaling, tmp_path / 'two', argv):
+        (r,) = process['results']
+        assert (r['bytes'], r['buckets']) == (4 * r['params'], 1)
+
+
 def test_batch_norms_are_counted_where_they_run(tiny):
     from mmoverlock import OverLoCK
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from mmengine.model import BaseModel, MMDistributedDataParallel, convert_sync_batchnorm
 from mmengine.optim import OptimWrapper
+from mmengine.registry import MODEL_WRAPPERS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -143,8 +144,10 @@ class Recorder(OptimWrapper):
         super().step(**kwargs)
 
 
-def train(form, settings, accumulate=1, device='cpu', static_graph=False):
+def train(form, settings, accumulate=1, device='cpu', static_graph=False, flat=False):
     """Three optimizer steps of AdamW with clipping, on all pictures or, in a group, on this process's share.
+
+    With ``flat`` by FlatDataParallel instead of DDP.
 
     Returns:
         dict: ``losses`` of the micro-batches, ``gradients`` of the steps, ``state`` at the end.
@@ -158,12 +161,15 @@ def train(form, settings, accumulate=1, device='cpu', static_graph=False):
             for module in bare.modules():
                 if isinstance(module, nn.SyncBatchNorm):
                     module.__class__ = SyncBatchNormOnCPU
-        model = MMDistributedDataParallel(
-            bare,
-            device_ids=None if device.type == 'cpu' else [device],
-            broadcast_buffers=False,
-            static_graph=static_graph,
-        )
+        if flat:
+            model = MODEL_WRAPPERS.build(dict(type='mmoverlock.FlatDataParallel'), default_args=dict(module=bare))
+        else:
+            model = MMDistributedDataParallel(
+                bare,
+                device_ids=None if device.type == 'cpu' else [device],
+                broadcast_buffers=False,
+                static_graph=static_graph,
+            )
         half = 2 * dist.get_rank()
         share = slice(half, half + 2)
     optimizer = torch.optim.AdamW(bare.parameters(), lr=1e-3)
@@ -184,6 +190,8 @@ RUNS = dict(
     cls=dict(form='cls', settings={}),
     det=dict(form='det', settings=dict(with_cp=True), static_graph=True),
     seg=dict(form='seg', settings=dict(frozen_stages=1), accumulate=2),
+    flat=dict(form='cls', settings={}, flat=True),
+    flat_accumulated=dict(form='seg', settings=dict(frozen_stages=1), accumulate=2, flat=True),
 )
 
 #: Settings under which some parameter might go without a gradient.
@@ -201,21 +209,27 @@ def everything(device):
     """All the work of two processes.
 
     Returns:
-        dict: ``runs``, by name; ``unused``, what DDP complained about for each of SETTINGS; ``control``, its complaint
-        about a model that does have an unused parameter.
+        dict: ``runs``, by name; ``unused``, what DDP complained about for each of SETTINGS; ``control`` and
+        ``flat_control``, its complaint and FlatDataParallel's about a model that does have an unused parameter.
     """
     runs = {name: train(device=device, **run) for name, run in RUNS.items()}
     unused = [_complaint(Model(form, **settings), device) for form, settings in SETTINGS]
     control = Model('seg')
     control.spare = nn.Linear(1, 1)
-    return dict(runs=runs, unused=unused, control=_complaint(control, device))
+    found = dict(runs=runs, unused=unused, control=_complaint(control, device))
+    return dict(found, flat_control=_complaint(control, device, flat=True))
 
 
-def _complaint(model, device):
+def _complaint(model, device, flat=False):
     """What DDP says in two steps with ``find_unused_parameters=False``; empty if all is well."""
-    model = MMDistributedDataParallel(
-        model.to(device), device_ids=None if device.type == 'cpu' else [device], broadcast_buffers=False
-    )
+    if flat:
+        model = MODEL_WRAPPERS.build(
+            dict(type='mmoverlock.FlatDataParallel'), default_args=dict(module=model.to(device))
+        )
+    else:
+        model = MMDistributedDataParallel(
+            model.to(device), device_ids=None if device.type == 'cpu' else [device], broadcast_buffers=False
+        )
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-3))
     model.train()
     try:

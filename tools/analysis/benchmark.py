@@ -727,8 +727,14 @@ class Row:
 
     def empty(self) -> None:
         if self.cuda:
-            gc.collect()
-            torch.cuda.empty_cache()
+            empty()
+
+
+def empty() -> None:
+    """Gives memory back to the GPU that nothing here uses."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def guarded(function, *args) -> dict:
@@ -741,9 +747,7 @@ def guarded(function, *args) -> dict:
             return dict(status='OOM', note='')
         return dict(status='failed', note=f'{type(error).__name__}: {text}'[:400])
     finally:
-        if torch.cuda.is_initialized():
-            gc.collect()
-            torch.cuda.empty_cache()
+        empty()
 
 
 def describe(job: Job) -> dict:
@@ -779,8 +783,10 @@ def worker(pipe, jobs, options, lock) -> None:
         pipe.send((i, guarded(rows[i].prepare, lock)))
     Row.expected = (None, None)
     while (i := pipe.recv()) is not None:
-        pipe.send(guarded(rows[i].finish))
+        result = guarded(rows[i].finish)
         rows[i] = None
+        empty()  # what a row held, a recording above all, is for the rows of other processes
+        pipe.send(result)
 
 
 def side_by_side(jobs, options):
@@ -1163,8 +1169,9 @@ def measure(jobs, args, argv=None) -> list:
         table.add(rows[-1])
         if args.csv:
             write_csv(args.csv, rows, about)
-    bad = [row for row in rows if row['status'] in ('WRONG', 'failed')]
-    print(f'{len(rows)} rows in {time.monotonic() - started:.0f} s, {len(bad)} wrong or failed')
+    bad, oom = (sum(row['status'] in kinds for row in rows) for kinds in (('WRONG', 'failed'), ('OOM',)))
+    short = f', {oom} without enough memory' if oom else ''
+    print(f'{len(rows)} rows in {time.monotonic() - started:.0f} s, {bad} wrong or failed{short}')
     return rows
 
 

@@ -39,6 +39,7 @@ def parse_args(argv=None):
                         'sync_bn says otherwise')  # fmt: skip
     parser.add_argument('--compile', action='store_true', help='compile the blocks of the backbone')
     parser.add_argument('--cuda-graphs', action='store_true', help='record the backbone as CUDA graphs; needs GPUs')
+    parser.add_argument('--flat', action='store_true', help='average gradients by FlatDataParallel instead of DDP')
     args = parser.parse_args(argv)
     if min(args.iters, args.batch_size, args.size) < 1 or args.warmup < 0:
         parser.error('--iters, --batch-size and --size must be at least 1, --warmup at least 0')
@@ -204,6 +205,8 @@ def compare(path: str, args) -> dict:
     """
     from mmengine.model import MMDistributedDataParallel, convert_sync_batchnorm
 
+    from mmoverlock.engine.flat import FlatDataParallel
+
     world, rank = dist.get_world_size(), dist.get_rank()
     torch.manual_seed(0)
     model, data, cfg = build(path, args)
@@ -214,13 +217,16 @@ def compare(path: str, args) -> dict:
     if cfg.get('sync_bn') == 'torch' and torch.cuda.is_available() and not args.no_sync_bn:
         model = convert_sync_batchnorm(model)
     traffic = Traffic()
-    wrapped = MMDistributedDataParallel(
-        model,
-        device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None,
-        broadcast_buffers=False,
-        bucket_cap_mb=args.bucket_mb,
-    )
-    wrapped.register_comm_hook(None, traffic.hook)
+    if args.flat:
+        wrapped = FlatDataParallel(model)
+    else:
+        wrapped = MMDistributedDataParallel(
+            model,
+            device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None,
+            broadcast_buffers=False,
+            bucket_cap_mb=args.bucket_mb,
+        )
+        wrapped.register_comm_hook(None, traffic.hook)
     timed = measure(wrapped, data, args)
     traffic.reset()
     result['sync_bn'] = sync_bn_numbers(model, timed['step'])
@@ -229,6 +235,8 @@ def compare(path: str, args) -> dict:
     result['all'] = world * args.batch_size / slowest.item()
     if rank == 0:
         result['efficiency'] = result['all'] / (world * result['one'])
+    if args.flat:
+        traffic.bytes, traffic.buckets = sum(wrapped.sent), len(wrapped.sent)
     result.update(bytes=traffic.bytes, buckets=traffic.buckets)
     result['params'] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return result
