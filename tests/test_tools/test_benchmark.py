@@ -95,6 +95,16 @@ def test_a_wrong_fast_form_is_caught(tool, tiny_variant, monkeypatch, capsys, mo
     assert 'WRONG' in out and '1 wrong or failed' in out
 
 
+def test_what_the_definitions_lose_too_is_no_mistake(tool, tiny_variant, monkeypatch, capsys):
+    """Deeper networks lose more than the tolerance was found with: twice what the definitions lose is allowed."""
+    argv = ['xt', '--shape', '64', '--dtype', 'bf16', *FAST]
+    monkeypatch.setitem(tool.TOLERANCE['eval'], 'bf16', 1e-4)
+    assert tool.main(argv) == 0
+    assert ' ok' in capsys.readouterr().out
+    monkeypatch.setattr(tool.Row, 'plain_error', lambda self: 1e-4)
+    assert tool.main(argv) == 1
+
+
 def test_wrong_folding_is_caught(tool, tiny_variant, monkeypatch):
     reshape = tool.reshape
 

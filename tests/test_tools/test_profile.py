@@ -65,6 +65,7 @@ def test_tables(tool, tiny_variant, mode, capsys, tmp_path):
 
 def test_a_wrong_result_is_said(tool, tiny_variant, monkeypatch, capsys):
     monkeypatch.setattr(tool.benchmark().Row, 'error', lambda self, outcome: 1.0)
+    monkeypatch.setattr(tool.benchmark().Row, 'plain_error', lambda self: 0.0)
     assert tool.main(['xt', *FAST]) == 1
     assert 'check WRONG' in capsys.readouterr().out
 
