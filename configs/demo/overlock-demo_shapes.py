@@ -37,7 +37,7 @@ test_dataloader = val_dataloader
 optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     clip_grad=_base_.optim_wrapper.clip_grad,
     constructor=_base_.optim_wrapper.constructor,
     paramwise_cfg=_base_.optim_wrapper.paramwise_cfg,

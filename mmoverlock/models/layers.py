@@ -46,7 +46,7 @@ def adaptive_mean(x: Tensor, side: int) -> Tensor:
     maps are averaged by two matrix products, over rows and then columns.
     """
     # With cells of up to 25 pixels torch.compile makes it part of its neighbours.
-    if x.device.type == 'cpu' or (x.shape[2] // side + 1) * (x.shape[3] // side + 1) <= 25:
+    if not x.is_cuda or (x.shape[2] // side + 1) * (x.shape[3] // side + 1) <= 25:
         return F.adaptive_avg_pool2d(x, side)
     return mean_by_products(x, side)
 

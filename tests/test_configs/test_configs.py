@@ -145,7 +145,7 @@ def test_imagenet_recipe(name):
     cfg = load(name)
     optim = cfg.optim_wrapper
     assert optim.type == 'AmpOptimWrapper'
-    assert optim.optimizer == dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05)
+    assert optim.optimizer == dict(type='AdamW', lr=2e-3, betas=(0.9, 0.999), weight_decay=0.05, fused=True)
     assert optim.clip_grad == dict(max_norm=5.0)
     assert cfg.auto_scale_lr.base_batch_size == 8 * cfg.train_dataloader.batch_size == 2048
 
@@ -227,7 +227,7 @@ def test_coco_recipe(name):
     lr = 1e-4 if triple else 2e-4
     optim = cfg.optim_wrapper
     assert optim.type == 'OptimWrapper'  # the published dense training runs in fp32
-    assert optim.optimizer == dict(type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=0.05)
+    assert optim.optimizer == dict(type='AdamW', lr=lr, betas=(0.9, 0.999), weight_decay=0.05, fused=True)
     assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 16
     assert cfg.train_cfg.max_epochs == epochs
     linear, step = cfg.param_scheduler
@@ -248,7 +248,7 @@ def test_coco_recipe(name):
 @pytest.mark.parametrize('name', SEGMENTATION)
 def test_ade20k_recipe(name):
     cfg = load(name)
-    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
     assert 8 * cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 16
     assert cfg.train_cfg.max_iters == 160000
     linear, poly = cfg.param_scheduler

@@ -1,7 +1,7 @@
 # AdamW for 160k iterations, for 8 GPUs x 2 pictures.
 _base_ = ['mmseg::_base_/schedules/schedule_160k.py', 'mmseg::_base_/default_runtime.py']
 
-optimizer = dict(_delete_=True, type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01)
+optimizer = dict(_delete_=True, type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01, fused=True)
 # The published rule for weight decay, on our names: see coco_1x.py.
 optim_wrapper = dict(
     optimizer=optimizer,

@@ -3,7 +3,7 @@
 _base_ = ['mmdet::_base_/schedules/schedule_1x.py', 'mmdet::_base_/default_runtime.py']
 
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(_delete_=True, type='AdamW', lr=2e-4, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     # The published rule exempts the parameters whose official name contains 'norm': norm1 and
     # norm2 of the focus blocks and the norms of the outputs. Everything else is decayed, biases,
     # batch norms and the base blocks' layer norms too. The latter are officially 'proj.0' and here

@@ -3,7 +3,7 @@ _base_ = 'mmpretrain::_base_/default_runtime.py'
 
 optim_wrapper = dict(
     type='AmpOptimWrapper',  # fp16
-    optimizer=dict(type='AdamW', lr=1e-3 * 2048 / 1024, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=1e-3 * 2048 / 1024, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=5.0),
     # Published, timm's rule: none on biases and other 1-D parameters. Position biases (rpb1, rpb2) are
     # 3-D, layer scales and GRN 4-D: they are decayed.

@@ -1,7 +1,7 @@
 # One optimizer and one budget for every backbone; the data set's base file sets the iterations.
 optim_wrapper = dict(
     type='AmpOptimWrapper',  # fp16
-    optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, fused=True),
     clip_grad=dict(max_norm=5.0),
     # No decay on norms, biases and other 1-D parameters (ConvNeXt's layer scale is one); as in the ImageNet recipe,
     # OverLoCK's position biases, layer scales and GRN are decayed.
