@@ -47,7 +47,7 @@ def test_refused_on_the_cpu_and_without_triton(monkeypatch):
 
 
 def test_order_of_preference():
-    assert available_backends('depthwise_conv2d') == ('triton', 'reference', 'implicit_gemm')
+    assert available_backends('depthwise_conv2d') == ('triton', 'cpu', 'reference', 'implicit_gemm')
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float32])

@@ -5,6 +5,9 @@ from typing import Callable, List, Optional, Sequence, Tuple
 from torch import Tensor
 
 from ..backends import Backend, dispatch, register
+from .cpu import depthwise_conv2d_branches_cpu, depthwise_conv2d_cpu
+from .cpu import refuse as refuse_cpu
+from .cpu import refuse_branches as refuse_branches_cpu
 from .implicit_gemm import depthwise_conv2d_implicit_gemm
 from .implicit_gemm import refuse as refuse_implicit_gemm
 from .norm import norm_branches_reference, norm_branches_triton
@@ -33,6 +36,7 @@ register(
     'depthwise_conv2d',
     [
         Backend('triton', depthwise_conv2d_triton, refuse_triton),
+        Backend('cpu', depthwise_conv2d_cpu, refuse_cpu),
         Backend('reference', depthwise_conv2d_reference, lambda *args: None),
         Backend('implicit_gemm', depthwise_conv2d_implicit_gemm, refuse_implicit_gemm, auto=False),
     ],
@@ -41,6 +45,7 @@ register(
     'depthwise_conv2d_branches',
     [
         Backend('triton', depthwise_conv2d_branches_triton, refuse_branches),
+        Backend('cpu', depthwise_conv2d_branches_cpu, refuse_branches_cpu),
         Backend('reference', _one_by_one(depthwise_conv2d_reference), lambda *args: None),
         Backend(
             'implicit_gemm',
@@ -80,8 +85,8 @@ def depthwise_conv2d(
         weight (Tensor): (C, 1, k, k), k odd. It and ``bias`` are rounded to the type of ``x``, or of autocast.
         bias (Tensor, optional): (C,). Defaults to None.
         dilation (int): Distance of the kernel's taps in pixels. Defaults to 1.
-        backend (str): ``'auto'``, ``'triton'``, ``'reference'``, ``'implicit_gemm'``. The environment variable
-            ``MMOVERLOCK_BACKEND`` overrides ``'auto'``. Defaults to ``'auto'``.
+        backend (str): ``'auto'``, ``'triton'``, ``'cpu'``, ``'reference'``, ``'implicit_gemm'``. The environment
+            variable ``MMOVERLOCK_BACKEND`` overrides ``'auto'``. Defaults to ``'auto'``.
 
     Returns:
         Tensor: (B, C, H, W). ``'triton'`` gives it contiguous, whatever the memory format of ``x``.
