@@ -5,6 +5,7 @@
     python tools/analysis/benchmark_depthwise.py --only time --dtype float32 --json depthwise.json
     python tools/analysis/benchmark_depthwise.py --only layers       # all branches with their norms
     python tools/analysis/benchmark_depthwise.py --only resources    # what the compiler makes of it; needs no GPU
+    python tools/analysis/benchmark_depthwise.py --only cpu          # the CPU's form beside PyTorch's; needs no GPU
 
 Times are medians in microseconds of calls replayed from a CUDA graph: as in a compiled network, without launches from
 Python. Floors: ``bytes``, each map read or written once at 4.3 TB/s; ``fma``, the direct form at 33.5e12 multiply-adds
@@ -86,6 +87,14 @@ LAYERS = {
     'T 800x1280 /4': ((2, 64, 200, 320), 17),
     'T 800x1280 /16': ((2, 256, 50, 80), 13),
 }
+CPU_CASES = [
+    ((8, 56, 24, 24), 9, 2),
+    ((8, 112, 12, 12), 7, 2),
+    ((8, 256, 6, 6), 7, 2),
+    ((8, 56, 24, 24), 17, 1),
+    ((2, 64, 56, 56), 17, 1),
+    ((8, 256, 6, 6), 13, 1),
+]
 LAYER_NAMES = ('out', 'mean', 'var', 'map', 'weights', 'gammas', 'betas')
 LAYER_CHECKS = [
     *list(LAYERS.values())[:2], ((5, 3, 16, 16), 15), ((67, 4, 14, 14), 13), ((3, 5, 7, 12), 13),
@@ -453,9 +462,38 @@ def resources(cases, dtype, capability=90):
             )
 
 
+def cpu():
+    """Times PyTorch's way and ours on one thread: ms of process time, medians; checks first."""
+    torch.set_num_threads(1)
+    print(f"{'ms, PyTorch / ours':28} forward            map's gradient     weight's gradient  largest error")
+    for shape, size, dilation in CPU_CASES:
+        x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
+        weight = torch.randn(shape[1], 1, size, size).requires_grad_()
+        cotangent = torch.randn(shape).to(memory_format=torch.channels_last)
+        times, results = [], []
+        for backend in ('reference', 'cpu'):
+            runs = [functools.partial(depthwise_conv2d, x.detach(), weight.detach(), None, dilation, backend)]
+            results.append([runs[0]()])
+            for inputs in ((x, weight.detach()), (x.detach(), weight)):
+                out, wanted = depthwise_conv2d(*inputs, None, dilation, backend), [t for t in inputs if t.requires_grad]
+                runs.append(functools.partial(torch.autograd.grad, out, wanted, cotangent, retain_graph=True))
+                results[-1] += runs[-1]()
+            times.append([])
+            for run in runs:
+                spans = []
+                for _ in range(7):
+                    begin = time.process_time()
+                    run()
+                    spans.append(1000 * (time.process_time() - begin))
+                times[-1].append(statistics.median(spans))
+        error = max(((a - b).norm() / b.norm()).item() for a, b in zip(*results[::-1]))
+        cells = ''.join(f'{a:8.1f} /{b:6.1f}  ' for a, b in zip(*times))
+        print(f'{f"{shape}, {size}, dilation {dilation}":28}{cells}{error:8.1e}', flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ('check', 'time', 'tune', 'profile', 'layers', 'resources')
+    parts = ('check', 'time', 'tune', 'profile', 'layers', 'resources', 'cpu')
     parser.add_argument('--only', nargs='+', choices=parts, default=['check', 'time'])
     parser.add_argument('--cases', nargs='+', choices=list(CASES), default=list(CASES))
     parser.add_argument('--tune-cases', nargs='+', choices=list(CASES), default=list(CASES)[:5])
@@ -465,6 +503,8 @@ def main():
     cases, dtype = {name: CASES[name] for name in args.cases}, DTYPES[args.dtype]
     if args.only == ['resources']:
         return resources(cases, dtype)
+    if args.only == ['cpu']:
+        return cpu()
     if not torch.cuda.is_available():
         parser.error('this script needs a CUDA device')
     print(torch.cuda.get_device_name(), 'torch', torch.__version__, flush=True)
