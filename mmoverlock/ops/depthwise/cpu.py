@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..triton_common import compute_input, definition_gradients, differentiated_again
+from ..triton_common import definition_gradients, differentiated_again
 from .reference import depthwise_conv2d_reference
 
 _TINY = 64  # pixels of a map whose matrix of pixel products is worth making
@@ -36,13 +36,14 @@ def refuse_branches(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[in
 
 def depthwise_conv2d_cpu(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
     """As the reference, up to the order of sums."""
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    x = compute_input(x, torch.channels_last if last else torch.contiguous_format)
+    if torch.is_autocast_enabled('cpu'):
+        x = x.to(torch.get_autocast_dtype('cpu'))
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     batch, _, height, width = x.shape
     if dilation == 1 or (height * width <= _TINY and weight.shape[-1] < _FEW):
         return _conv(x, weight, bias, dilation)
     out = _together(_conv(_apart(x, dilation), weight, bias, 1), batch, dilation)[..., :height, :width]
+    last = x.stride(1) == 1  # also of some channels of a map in that format
     return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
