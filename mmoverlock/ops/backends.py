@@ -57,9 +57,10 @@ def _wished(text: str, operator: str) -> str:
         if target and target not in _OPERATORS:
             operators = ', '.join(sorted(_OPERATORS))
             raise BackendError(f'{ENV_VARIABLE}={text!r}: no operator {target!r}; known: {operators}')
-        known = {b.name for n, group in _OPERATORS.items() if target in ('', n) for b in group}
-        if name != 'auto' and name not in known:
-            raise BackendError(f'{ENV_VARIABLE}={text!r} names no backend; known: auto, {", ".join(sorted(known))}')
+        if name != 'auto':  # what nearly every call finds; the rest is not for a hot path
+            known = {b.name for n, group in _OPERATORS.items() if target in ('', n) for b in group}
+            if name not in known:
+                raise BackendError(f'{ENV_VARIABLE}={text!r} names no backend; known: auto, {", ".join(sorted(known))}')
         if target == operator or (not target and name in {b.name for b in _OPERATORS[operator]}):
             found = name
     return found

@@ -144,6 +144,14 @@ class Recorder(OptimWrapper):
         super().step(**kwargs)
 
 
+def _wrapped(model, device, flat, **options):
+    """The model on its device in DDP, with these options, or in FlatDataParallel, which has none."""
+    if flat:
+        return MODEL_WRAPPERS.build(dict(type='mmoverlock.FlatDataParallel'), default_args=dict(module=model))
+    ids = None if device.type == 'cpu' else [device]
+    return MMDistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, **options)
+
+
 def train(form, settings, accumulate=1, device='cpu', static_graph=False, flat=False):
     """Three optimizer steps of AdamW with clipping, on all pictures or, in a group, on this process's share.
 
@@ -161,15 +169,7 @@ def train(form, settings, accumulate=1, device='cpu', static_graph=False, flat=F
             for module in bare.modules():
                 if isinstance(module, nn.SyncBatchNorm):
                     module.__class__ = SyncBatchNormOnCPU
-        if flat:
-            model = MODEL_WRAPPERS.build(dict(type='mmoverlock.FlatDataParallel'), default_args=dict(module=bare))
-        else:
-            model = MMDistributedDataParallel(
-                bare,
-                device_ids=None if device.type == 'cpu' else [device],
-                broadcast_buffers=False,
-                static_graph=static_graph,
-            )
+        model = _wrapped(bare, device, flat, static_graph=static_graph)
         half = 2 * dist.get_rank()
         share = slice(half, half + 2)
     optimizer = torch.optim.AdamW(bare.parameters(), lr=1e-3)
@@ -222,14 +222,7 @@ def everything(device):
 
 def _complaint(model, device, flat=False):
     """What DDP says in two steps with ``find_unused_parameters=False``; empty if all is well."""
-    if flat:
-        model = MODEL_WRAPPERS.build(
-            dict(type='mmoverlock.FlatDataParallel'), default_args=dict(module=model.to(device))
-        )
-    else:
-        model = MMDistributedDataParallel(
-            model.to(device), device_ids=None if device.type == 'cpu' else [device], broadcast_buffers=False
-        )
+    model = _wrapped(model.to(device), device, flat)
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-3))
     model.train()
     try:

@@ -650,10 +650,9 @@ class Row:
                 for _ in range(4):  # what is checked is a recording
                     step()
             result = dict(error=self.error(step()), tolerance=self.tolerance)
-        if result['error'] > result['tolerance'] and job.backend != 'reference':
-            # A deeper network, or a larger picture, than the tolerance was found with: what do the definitions lose?
-            result['tolerance'] = max(result['tolerance'], 2 * self.plain_error())
-        with backend(job.backend):
+            if result['error'] > result['tolerance'] and job.backend != 'reference':
+                # A deeper network, or a larger picture, than the tolerance was found with: what do definitions lose?
+                result['tolerance'] = max(result['tolerance'], 2 * self.plain_error())
             times = self.times(step)
             if self.cuda and job.run not in GRAPHS:
                 peak = self.peak(step)
@@ -812,9 +811,8 @@ def side_by_side(jobs, options):
     """
     context = multiprocessing.get_context('spawn')
     groups = {}
-    for i, job in enumerate(
-        jobs
-    ):  # compiled rows each in a process; others that share what they are checked with in one
+    # Compiled rows each in a process; others with those that are checked with the same result.
+    for i, job in enumerate(jobs):
         groups.setdefault(i if job.compiled else job.case, []).append(i)
     os.environ.setdefault('TORCHINDUCTOR_COMPILE_THREADS', '2')
     lock = context.Semaphore(3)

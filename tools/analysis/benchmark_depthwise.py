@@ -463,7 +463,7 @@ def resources(cases, dtype, capability=90):
 
 
 def cpu():
-    """Times PyTorch's way and ours on one thread: ms of process time, medians; checks first."""
+    """Times PyTorch's way and ours on one thread: ms of process time, medians, and how far they differ."""
     torch.set_num_threads(1)
     print(f"{'ms, PyTorch / ours':28} forward            map's gradient     weight's gradient  largest error")
     for shape, size, dilation in CPU_CASES:

@@ -95,20 +95,21 @@ class Plan(Sizes):
 
     def chunk(self, train: bool = True) -> int:
         """Batch elements to take at once, so that the products of keys and weight stay small beside the logits."""
-        if self.batch * self._product_bytes <= TUNING.whole:
+        if self._whole:
             return self.batch
         step = self._chunk(sum(self.padded), TUNING, train, self.padded_dim)
         # A multiple of 16 heads and tiles fills the GPU in whole waves; the last chunk is then a smaller one.
         return min(self.batch, -(-step // 16) * 16) if step >= 16 else step
 
     @property
-    def _product_bytes(self) -> int:
-        return 4 * self.groups * self.padded_dim * sum(self.padded)
+    def _whole(self) -> bool:
+        """Whether the batch is small enough for the products of all of it to be there at once."""
+        return 4 * self.batch * self.groups * self.padded_dim * sum(self.padded) <= TUNING.whole
 
     def splits(self) -> int:
         """Parts of the batch that are summed apart for the gradients of the position biases."""
         table = 4 * self.groups * self.height * self.width * sum(self.padded)
-        floor = TUNING.whole if self.batch * self._product_bytes <= TUNING.whole else TUNING.floor
+        floor = TUNING.whole if self._whole else TUNING.floor
         return max(1, min(self.batch, int(max(floor / 2, TUNING.sums * self.logits_bytes) / table)))
 
     @property

@@ -5,9 +5,8 @@ from typing import Callable, List, Optional, Sequence, Tuple
 from torch import Tensor
 
 from ..backends import Backend, dispatch, register
-from .cpu import depthwise_conv2d_branches_cpu, depthwise_conv2d_cpu
+from .cpu import depthwise_conv2d_cpu
 from .cpu import refuse as refuse_cpu
-from .cpu import refuse_branches as refuse_branches_cpu
 from .implicit_gemm import depthwise_conv2d_implicit_gemm
 from .implicit_gemm import refuse as refuse_implicit_gemm
 from .norm import norm_branches_reference, norm_branches_triton
@@ -28,8 +27,13 @@ def _one_by_one(run: Callable) -> Callable:
     return run_branches
 
 
-def _refuse_branches_implicit_gemm(x, weights, dilations) -> Optional[str]:
-    return next(filter(None, (refuse_implicit_gemm(x, w, None, d) for w, d in zip(weights, dilations))), None)
+def _refuse_one_by_one(refuse: Callable) -> Callable:
+    """Why such a backend cannot serve the branches: the first reason for one of them."""
+
+    def refuse_any(x, weights, dilations) -> Optional[str]:
+        return next(filter(None, (refuse(x, w, None, d) for w, d in zip(weights, dilations))), None)
+
+    return refuse_any
 
 
 register(
@@ -45,12 +49,12 @@ register(
     'depthwise_conv2d_branches',
     [
         Backend('triton', depthwise_conv2d_branches_triton, refuse_branches),
-        Backend('cpu', depthwise_conv2d_branches_cpu, refuse_branches_cpu),
+        Backend('cpu', _one_by_one(depthwise_conv2d_cpu), _refuse_one_by_one(refuse_cpu)),
         Backend('reference', _one_by_one(depthwise_conv2d_reference), lambda *args: None),
         Backend(
             'implicit_gemm',
             _one_by_one(depthwise_conv2d_implicit_gemm),
-            _refuse_branches_implicit_gemm,
+            _refuse_one_by_one(refuse_implicit_gemm),
             auto=False,
         ),
     ],

@@ -6,7 +6,7 @@ gradients of large kernels are matrix products. In float32, OverLoCK-XT, 96 x 96
 """
 
 from functools import lru_cache
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,6 @@ def refuse(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> 
     return 'a tensor is empty' if 0 in x.shape else None
 
 
-def refuse_branches(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> Optional[str]:
-    """Why this form cannot serve the call with all these branches, or None."""
-    return refuse(x, weights[0], None, dilations[0]) if weights else 'there is no branch'
-
-
 def depthwise_conv2d_cpu(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
     """As the reference, up to the order of sums."""
     if torch.is_autocast_enabled('cpu'):
@@ -45,11 +40,6 @@ def depthwise_conv2d_cpu(x: Tensor, weight: Tensor, bias: Optional[Tensor], dila
     out = _together(_conv(_apart(x, dilation), weight, bias, 1), batch, dilation)[..., :height, :width]
     last = x.stride(1) == 1  # also of some channels of a map in that format
     return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-def depthwise_conv2d_branches_cpu(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> List[Tensor]:
-    """As :func:`depthwise_conv2d_cpu` with every kernel, without bias."""
-    return [depthwise_conv2d_cpu(x, weight, None, dilation) for weight, dilation in zip(weights, dilations)]
 
 
 def _apart(x: Tensor, d: int) -> Tensor:
