@@ -126,6 +126,11 @@ def _reason(error: Exception) -> str:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add CONFIG and ``--cfg-options``."""
     parser.add_argument('config', help='config file')
+    add_config_options(parser)
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--cfg-options``."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',

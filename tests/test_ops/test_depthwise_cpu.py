@@ -34,7 +34,7 @@ def test_equals_the_definition(shape, size, dilation, last):
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize('size, dilation', [(7, 1), (7, 2), (17, 1)])
+@pytest.mark.parametrize('size, dilation', [(3, 2), (5, 1), (7, 1), (7, 2), (17, 1)])
 def test_precision(dtype, tolerance, size, dilation):
     for shape in ((2, 3, 6, 7), (2, 3, 18, 21)):
         args = arguments(shape, size, dtype)
@@ -55,7 +55,9 @@ def test_keeps_the_memory_format(last, dilation):
         assert out.is_contiguous(memory_format=form)
 
 
-@pytest.mark.parametrize('shape, size, dilation', [((1, 2, 3, 4), 7, 1), ((1, 1, 4, 3), 7, 2), ((1, 1, 9, 8), 17, 1)])
+@pytest.mark.parametrize(
+    'shape, size, dilation', [((1, 2, 3, 4), 7, 1), ((1, 1, 4, 3), 7, 2), ((1, 1, 9, 8), 17, 1), ((1, 2, 4, 5), 3, 3)]
+)
 def test_second_derivative(shape, size, dilation):
     args = arguments(shape, size)
     if size < 17:  # seconds for that one

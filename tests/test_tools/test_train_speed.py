@@ -22,6 +22,12 @@ def test_a_step_of_every_task_is_timed(tool, task, roots, tmp_path, capsys):
     assert float(rate) == pytest.approx(2e3 / float(ms), abs=0.51)
 
 
+def test_settings_of_the_config_can_be_changed(tool, roots, tmp_path, capsys):
+    config = write_config(tmp_path / 'tiny.py', 'cls', roots['cls'])
+    tool.main([config, '--iters', '1', '--warmup', '0', '--cfg-options', 'train_dataloader.batch_size=3'])
+    assert '| 3 x ' in capsys.readouterr().out
+
+
 def test_configs_whose_visualizers_share_a_name(tool, roots, tmp_path, capsys):
     config = write_config(tmp_path / 'tiny.py', 'cls', roots['cls'])
     with open(config, 'a') as file:

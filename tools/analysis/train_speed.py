@@ -26,7 +26,8 @@ def parse_args(argv=None):
     parser.add_argument('--iters', type=int, default=20, help='steps to time. Defaults to 20')
     parser.add_argument('--warmup', type=int, default=5, help='steps before the clock starts. Defaults to 5')
     parser.add_argument('--batch-size', type=int, help="instead of the config's")
-    args = parser.parse_args(argv)
+    cli.add_config_options(parser)
+    args = cli.parse(parser, argv)
     if args.iters < 1 or args.warmup < 0:
         parser.error('--iters must be at least 1, --warmup at least 0')
     return args
@@ -38,7 +39,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(path: str, iters: int, warmup: int, batch_size=None) -> dict:
+def measure(path: str, iters: int, warmup: int, batch_size=None, options=None) -> dict:
     """Times the training step of one config.
 
     Args:
@@ -46,6 +47,7 @@ def measure(path: str, iters: int, warmup: int, batch_size=None) -> dict:
         iters (int): Steps to time.
         warmup (int): Steps before (cudnn's choice of kernels, lazy initialisation).
         batch_size (int, optional): Pictures a step. Defaults to the config's.
+        options (dict, optional): Changes to the config, as of ``--cfg-options``.
 
     Returns:
         dict: ``images_per_second``, ``ms`` per step, ``params`` of the backbone and of the whole
@@ -56,7 +58,7 @@ def measure(path: str, iters: int, warmup: int, batch_size=None) -> dict:
     """
     from mmengine.runner import Runner
 
-    cfg = cli.load_config(path)
+    cfg = cli.load_config(path, options)
     cli.check_packages(cfg)
     cli.check_data(cfg, ('train',))
     if batch_size:
@@ -112,7 +114,7 @@ def main(argv=None):
     print('|---|---|---|---|---|---|')
     with cli.one_line_errors():
         for path in args.configs:
-            r = measure(path, args.iters, args.warmup, args.batch_size)
+            r = measure(path, args.iters, args.warmup, args.batch_size, args.cfg_options)
             name = osp.splitext(osp.basename(path))[0]
             memory = '-' if r['gib'] is None else f'{r["gib"]:.1f}'
             print(

@@ -3,6 +3,8 @@
 from torch import Tensor
 
 from ..backends import Backend, dispatch, register
+from .cpu import contmix_cpu
+from .cpu import refuse as refuse_cpu
 from .natten import contmix_natten
 from .natten import refuse as refuse_natten
 from .reference import contmix_reference
@@ -13,6 +15,7 @@ register(
     'contmix',
     [
         Backend('triton', contmix_triton, refuse_triton),
+        Backend('cpu', contmix_cpu, refuse_cpu),
         Backend('reference', contmix_reference, lambda *args: None),
         Backend('natten', contmix_natten, refuse_natten, auto=False),
     ],
@@ -44,8 +47,8 @@ def contmix(
         rpb1 (Tensor): (G, 2s-1, 2s-1) position bias of the small window. Its shape says s, which is odd.
         rpb2 (Tensor): (G, 2K-1, 2K-1) position bias of the large window.
         value (Tensor): (B, C, H, W); C a multiple of 2 G. Any float type; the result has the same.
-        backend (str): ``'auto'`` (the fastest that accepts the call), ``'triton'``, ``'reference'``, ``'natten'``. The
-            environment variable ``MMOVERLOCK_BACKEND`` overrides ``'auto'``. Defaults to ``'auto'``.
+        backend (str): ``'auto'`` (the fastest that accepts the call), ``'triton'``, ``'cpu'``, ``'reference'``,
+            ``'natten'``. The environment variable ``MMOVERLOCK_BACKEND`` overrides ``'auto'``. Defaults to ``'auto'``.
 
     Returns:
         Tensor: (B, C, H, W): first the channels of the small kernel, then those of the large one.

@@ -58,12 +58,17 @@ def window_softmax(logits: Tensor, rpb: Tensor, row0: int, height: int) -> Tenso
     Returns:
         Tensor: (B, G, h, W, K*K), each window summing to one.
     """
-    window = (rpb.shape[1] + 1) // 2
     rows, width = logits.shape[2:4]
-    _, _, bias_rows, bias_cols = index_tables(height, width, window, logits.device)
+    return (logits + window_biases(rpb, row0, rows, height, width)).softmax(-1)
+
+
+def window_biases(rpb: Tensor, row0: int, rows: int, height: int, width: int) -> Tensor:
+    """The position bias of every place of every position's window, (G, rows, W, K*K), for ``rows`` rows from ``row0``
+    of a map of ``height`` rows; ``rpb`` is (G, 2K-1, 2K-1)."""
+    window = (rpb.shape[1] + 1) // 2
+    _, _, bias_rows, bias_cols = index_tables(height, width, window, rpb.device)
     windows = rpb.unfold(1, window, 1).unfold(2, window, 1)  # a view: every window of the table
-    bias = windows.index_select(1, bias_rows[row0 : row0 + rows]).index_select(2, bias_cols)
-    return (logits + bias.flatten(3)).softmax(-1)
+    return windows.index_select(1, bias_rows[row0 : row0 + rows]).index_select(2, bias_cols).flatten(3)
 
 
 def window_sum(attn: Tensor, value: Tensor, row0: int) -> Tensor:
@@ -145,25 +150,35 @@ def contmix_reference(
     Half precision is computed in float32 and rounded once, at the end. The map is taken a few rows at a time, so that
     memory does not grow with the square of its size.
     """
-    out_dtype = value.dtype
-    dtype = torch.promote_types(out_dtype, torch.float32)
     with no_autocast(query.device.type):
-        query, key, weight, bias, rpb1, rpb2, value = (
-            t.to(dtype) for t in (query, key, weight, bias, rpb1, rpb2, value)
-        )
-        # Sizes are read from the four-dimensional map: ONNX's older exporter loses track of them in an unflatten().
-        groups, (batch, _, height, width) = query.shape[1], value.shape
-        query = query.reshape(batch, groups, query.shape[2], height, width)
-        small, large = value.reshape(batch, 2, groups, value.shape[1] // (2 * groups), height, width).unbind(1)
-        window = (rpb2.shape[1] + 1) // 2
-        if _keeps_sizes_open():  # in chunks, their number would be fixed in the graph
-            logits = affinity_logits(query, key, weight, bias)
-            return mix_rows(logits, rpb1, rpb2, small, large, 0).to(out_dtype)
-        per_row = batch * groups * width * window * max(width, window)
-        step = max(1, min(height, _CHUNK_ELEMENTS // max(per_row, 1)))
-        chunks = []
-        for row0 in range(0, height, step):
-            logits = affinity_logits(query[:, :, :, row0 : row0 + step], key, weight, bias)
-            chunks.append(mix_rows(logits, rpb1, rpb2, small, large, row0))
-        out = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
-    return out.to(out_dtype)
+        query, key, weight, bias, rpb1, rpb2, small, large = widened(query, key, weight, bias, rpb1, rpb2, value)
+
+        def logits(rows: slice) -> Tensor:
+            return affinity_logits(query[:, :, :, rows], key, weight, bias)
+
+        return mix_map(logits, rpb1, rpb2, small, large).to(value.dtype)
+
+
+def widened(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, rpb1: Tensor, rpb2: Tensor, value: Tensor):
+    """The arguments in float32 at least, the values as those of the small and of the large window, (B, G, D, H, W)."""
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    query, key, weight, bias, rpb1, rpb2, value = (t.to(dtype) for t in (query, key, weight, bias, rpb1, rpb2, value))
+    # Sizes are read from the four-dimensional map: ONNX's older exporter loses track of them in an unflatten().
+    groups, (batch, _, height, width) = query.shape[1], value.shape
+    query = query.reshape(batch, groups, query.shape[2], height, width)
+    small, large = value.reshape(batch, 2, groups, value.shape[1] // (2 * groups), height, width).unbind(1)
+    return query, key, weight, bias, rpb1, rpb2, small, large
+
+
+def mix_map(logits: Callable[[slice], Tensor], rpb1: Tensor, rpb2: Tensor, small: Tensor, large: Tensor) -> Tensor:
+    """:func:`mix_rows` for a whole map, a few rows at a time; ``logits`` gives those of a slice of rows."""
+    batch, groups, _, height, width = large.shape
+    window = (rpb2.shape[1] + 1) // 2
+    if _keeps_sizes_open():  # in chunks, their number would be fixed in the graph
+        return mix_rows(logits(slice(None)), rpb1, rpb2, small, large, 0)
+    per_row = batch * groups * width * window * max(width, window)
+    step = max(1, min(height, _CHUNK_ELEMENTS // max(per_row, 1)))
+    chunks = [
+        mix_rows(logits(slice(row0, row0 + step)), rpb1, rpb2, small, large, row0) for row0 in range(0, height, step)
+    ]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)

@@ -1,12 +1,13 @@
 """Depthwise convolution on a CPU, around what PyTorch's library there is slow at.
 
 Dilated kernels take it ten times as long as dense ones of as many taps, and gradients of large kernels up to fifteen
-times as long as the convolution. So a dilated convolution is made dense, on the maps of every d-th row and column, and
-gradients of large kernels are matrix products. In float32, OverLoCK-XT, 96 x 96, batch 8.
+times as long as the convolution. So a dilated 3 x 3 kernel is summed tap by tap, a larger one made dense, on the maps
+of every d-th row and column, and gradients of large kernels are matrix products. In float32, OverLoCK-XT, 96 x 96,
+batch 8.
 """
 
 from functools import lru_cache
-from typing import Optional, Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ from ..triton_common import definition_gradients, differentiated_again
 from .reference import depthwise_conv2d_reference
 
 _TINY = 64  # pixels of a map whose matrix of pixel products is worth making
-_FEW = 7  # taps along a side from which on it is
-_MANY = 16  # taps along a side which the library has gradients for
+_FEW = 5  # taps along a side from which on it is
+_MANY = 15  # taps along a side from which on the library's gradients are slow on any map
 
 
 def refuse(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Optional[str]:
@@ -35,9 +36,12 @@ def depthwise_conv2d_cpu(x: Tensor, weight: Tensor, bias: Optional[Tensor], dila
         x = x.to(torch.get_autocast_dtype('cpu'))
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     batch, _, height, width = x.shape
-    if dilation == 1 or (height * width <= _TINY and weight.shape[-1] < _FEW):
-        return _conv(x, weight, bias, dilation)
-    out = _together(_conv(_apart(x, dilation), weight, bias, 1), batch, dilation)[..., :height, :width]
+    if dilation > 1 and weight.shape[-1] == 3:
+        out = _Shifts.apply(x, weight, dilation)
+        return out if bias is None else out + bias.view(-1, 1, 1)
+    if dilation == 1:
+        return _conv(x, weight, bias)
+    out = _together(_conv(_apart(x, dilation), weight, bias), batch, dilation)[..., :height, :width]
     last = x.stride(1) == 1  # also of some channels of a map in that format
     return out.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -57,12 +61,64 @@ def _together(x: Tensor, batch: int, d: int) -> Tensor:
     return x.reshape(batch, height * d, width * d, channels).permute(0, 3, 1, 2)
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     size, pixels = weight.shape[-1], x.shape[2] * x.shape[3]
-    slow = size > _MANY or (size >= _FEW and pixels <= _TINY)
-    if slow and dilation == 1 and torch.is_grad_enabled() and weight.requires_grad:
+    slow = size >= _MANY or (size >= _FEW and pixels <= _TINY)
+    if slow and torch.is_grad_enabled() and weight.requires_grad:
         return _LargeConv.apply(x, weight, bias)
-    return depthwise_conv2d_reference(x, weight, bias, dilation)
+    return depthwise_conv2d_reference(x, weight, bias, 1)
+
+
+class _Shifts(torch.autograd.Function):
+    """A dilated 3 x 3 convolution as the sum of its taps: one pass over the map each."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.dilation = dilation
+        return _shifted(x, weight, dilation)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        x, weight = ctx.saved_tensors
+        if differentiated_again():
+            out = depthwise_conv2d_reference(x, weight, None, ctx.dilation)
+            return *definition_gradients(out, (x, weight), grad), None
+        dx = _shifted(grad, weight.flip(2, 3), ctx.dilation) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, grad, dweight = x.to(wide), grad.to(wide), torch.zeros(weight.shape, dtype=wide)
+        for tap, there, here in _shifts(x.shape[2], x.shape[3], ctx.dilation):
+            dweight[:, 0, tap[0], tap[1]] = (x[there] * grad[here]).sum((0, 2, 3))
+        return dx, dweight.to(weight.dtype), None
+
+
+def _shifted(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """The convolution, summed in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    taps = weight.to(wide.dtype).permute(2, 3, 1, 0).unsqueeze(-1).unsqueeze(-1).contiguous()
+    out = wide * taps[1, 1]
+    for tap, there, here in _shifts(x.shape[2], x.shape[3], dilation):
+        if tap != (1, 1):
+            out[here].addcmul_(wide[there], taps[tap])
+    return out.to(x.dtype)
+
+
+def _shifts(height: int, width: int, dilation: int) -> Iterator[Tuple[Tuple[int, int], tuple, tuple]]:
+    """The taps of a 3 x 3 kernel that touch the map: row and column, what they read, and where to."""
+
+    def along(length: int) -> list:
+        pairs = [(tap, (tap - 1) * dilation) for tap in range(3)]
+        return [
+            (tap, slice(max(d, 0), length + min(d, 0)), slice(max(-d, 0), length - max(d, 0)))
+            for tap, d in pairs
+            if abs(d) < length
+        ]
+
+    for row, from_rows, to_rows in along(height):
+        for column, from_columns, to_columns in along(width):
+            yield (row, column), (..., from_rows, from_columns), (..., to_rows, to_columns)
 
 
 class _LargeConv(torch.autograd.Function):
