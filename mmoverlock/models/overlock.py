@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints import adapt_backbone_state_dict, load_pretrained
-from ..ops.autocast import no_autocast
+from ..ops.autocast import autocast_written_in, no_autocast
 from ..registry import MODELS
 from .blocks import BaseBlock, FocusBlock, init_weights, merge_large_kernels, switch_to_deploy
 from .graphs import Graphs
@@ -471,11 +471,14 @@ class OverLoCK(BaseModule):
             # A function of its own for every stage: what torch.compile translates anew is limited to eight times a
             # function, and six stages share two.
             kind = type(blocks[0])
-            code = kind.forward.__code__.replace(co_name=f'{kind.__name__}_{name}')
-            forward = torch.compile(FunctionType(code, kind.forward.__globals__), fullgraph=True, **options)
+            run = autocast_written_in(kind.forward)
+            code = run.__code__.replace(co_name=f'{kind.__name__}_{name}')
+            run = FunctionType(code, run.__globals__, closure=run.__closure__)
+            forward = torch.compile(run, fullgraph=True, **options)
             for block in blocks:
                 block.forward = partial(forward, block)
-        self.stem.forward = partial(torch.compile(_in_order, fullgraph=True, **options), self.stem)
+        stem = torch.compile(autocast_written_in(_in_order), fullgraph=True, **options)
+        self.stem.forward = partial(stem, self.stem)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
         """Depth of a parameter's layer, for layer-wise learning rate decay.

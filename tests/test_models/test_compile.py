@@ -1,6 +1,8 @@
 """torch.compile of the whole network and of its blocks. The backend is Dynamo's own: what is tested is the tracing."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -93,3 +95,41 @@ def test_many_sizes_share_a_graph(tiny, monkeypatch):
             if size == (224, 256):
                 settled = compiled_graphs()
     assert compiled_graphs() == settled
+
+
+PROGRAM = """
+import sys, torch
+from mmoverlock.ops.autocast import autocast_written_in
+
+layer = torch.nn.Linear(8, 8)
+forward = torch.compile(autocast_written_in(lambda module, x: module(x)), fullgraph=True)
+with torch.autocast('cpu', getattr(torch, sys.argv[1])):
+    out = forward(layer, torch.randn(4, 8))
+print(out.dtype)
+out.float().sum().backward()  # what has been compiled is kept from here on
+"""
+
+
+def test_another_precision_is_not_served_from_the_disk(tmp_path, monkeypatch):
+    """torch 2.11 keeps compiled code by whether there is autocast, not by its type."""
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
+    for dtype in ('bfloat16', 'float16'):
+        run = subprocess.run([sys.executable, '-c', PROGRAM, dtype], capture_output=True, text=True)
+        assert run.stdout.strip() == f'torch.{dtype}', run.stderr
+
+
+def test_blocks_have_their_autocast_written_in(tiny):
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(n.args[:3] for n in graph.graph.nodes if n.target is torch.amp.autocast_mode._enter_autocast)
+        return graph.forward
+
+    model = OverLoCK(tiny, compile=dict(backend=backend)).train()
+    for dtype in (torch.bfloat16, torch.float16):
+        for part in (model.stem, model.stage1):
+            del seen[:]
+            with torch.autocast('cpu', dtype):
+                part(torch.randn(2, 3 if part is model.stem else 8, 24, 24))
+            assert ('cpu', dtype, True) in seen
+            assert all(entered == dtype for _, entered, enabled in seen if enabled)

@@ -63,6 +63,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 from mmoverlock import OverLoCK, OverLoCKClsHead, cli, compat  # noqa: E402
 from mmoverlock.models.graphs import Graphs  # noqa: E402
 from mmoverlock.models.layers import ConvNorm  # noqa: E402
+from mmoverlock.ops.autocast import autocast_written_in  # noqa: E402
 from mmoverlock.ops.backends import ENV_VARIABLE  # noqa: E402
 
 
@@ -585,7 +586,8 @@ class Row:
                 self.network = self.model
             else:
                 mode = job.run if job.run in ('reduce-overhead', 'max-autotune-no-cudagraphs') else None
-                self.network = torch.compile(self.model, fullgraph=True, mode=mode)
+                network = autocast_written_in(type(self.model).forward)
+                self.network = functools.partial(torch.compile(network, fullgraph=True, mode=mode), self.model)
         else:
             self.network = self.model
         self.step = self.train_step if job.mode == 'train' else self.eval_step
