@@ -106,7 +106,7 @@ def launch_backward(
     grn: Optional[Tuple[Tensor, Tensor, Tensor]] = None,
     gelu: bool = False,
 ) -> Tuple[Tensor, Tensor]:
-    """Gradient of the map, and (11, C) in float32: those of the nine taps and the bias, and the map's, all summed.
+    """Gradient of the map, and shares (N, 11, C) in float32 of those of the nine taps and the bias and of the map's sum.
 
     Args:
         grad, x (Tensor): (B, C, H, W), channels-last.
@@ -127,7 +127,7 @@ def launch_backward(
             grad, x, weight.contiguous(), y, scale, slope, out, sums, *sizes, **constants,
             RESIDUAL=residual, GRN=grn is not None, GELU=gelu,
         )  # fmt: skip
-    return out, sums.sum(0)
+    return out, sums
 
 
 @torch.library.custom_op('mmoverlock::depthwise_conv3x3', mutates_args=())
@@ -143,9 +143,10 @@ def _(x, weight, bias, residual):
 
 @torch.library.custom_op('mmoverlock::depthwise_conv3x3_backward', mutates_args=())
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, residual: bool) -> Tuple[Tensor, Tensor]:
-    """What :func:`launch_backward` gives."""
+    """What :func:`launch_backward` gives, the shares added up."""
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
-    return launch_backward(grad, x, weight, residual)
+    dx, shares = launch_backward(grad, x, weight, residual)
+    return dx, shares.sum(0)
 
 
 @_gradients.register_fake

@@ -217,7 +217,8 @@ def _gradients(
             lanes.hold(0)
             with lanes.lane(0):
                 dweight1 = _product(rows(dgiven), rows(x), weight1)
-            found = [dweight1, dweight2, taps, grads.sum(0)]
+                found = [dweight1, dweight2, taps.sum(0), grads.sum(0)]
+            lanes.keep(taps, grads)
             if input_grad:
                 dx = torch.mm(rows(dgiven), weight1.to(x.dtype).view(hidden, channels))
                 found.append(dx.view(batch, height, width, channels).permute(0, 3, 1, 2))
