@@ -1,6 +1,7 @@
 """Data-parallel training that averages gradients once, in one piece, when all of them are there."""
 
 import contextlib
+import operator
 from typing import Dict, List, NamedTuple, Optional
 
 import torch
@@ -52,6 +53,8 @@ class FlatDataParallel(nn.Module):
     def __init__(self, module: nn.Module, process_group: Optional[dist.ProcessGroup] = None) -> None:
         super().__init__()
         self.module, self.group = module, process_group
+        # Going through a thousand modules at every step would take the host milliseconds. DDP keeps a list, too.
+        self._all = list(module.parameters())
         self._synced = True
         self._waiting = False
         self._flats: Dict[torch.dtype, _Flat] = {}
@@ -92,20 +95,23 @@ class FlatDataParallel(nn.Module):
     @torch.no_grad()
     def _average(self) -> None:
         self._waiting = False
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        parameters = [p for p in self._all if p.requires_grad]
         if any(p.grad is None for p in parameters):
             lost = [n for n, p in self.module.named_parameters() if p.requires_grad and p.grad is None]
             raise RuntimeError(
                 f'FlatDataParallel: {len(lost)} parameters got no gradient, the first {lost[0]}: freeze what is not '
                 'used (requires_grad=False), or take MMDistributedDataParallel(find_unused_parameters=True)'
             )
-        for dtype in sorted({p.grad.dtype for p in parameters}, key=str):  # in the same order everywhere
-            self._average_type([p for p in parameters if p.grad.dtype == dtype])
+        types: Dict[torch.dtype, List[nn.Parameter]] = {}
+        for parameter in parameters:  # in the same order everywhere
+            types.setdefault(parameter.grad.dtype, []).append(parameter)
+        for group in types.values():
+            self._average_type(group)
 
     def _average_type(self, parameters: List[nn.Parameter]) -> None:
         grads = [p.grad for p in parameters]
         flat = self._flats.get(grads[0].dtype)
-        if flat is None or len(flat.views) != len(grads) or any(map(_differ, flat.views, grads)):
+        if flat is None or len(flat.views) != len(grads) or not all(map(operator.is_, flat.parameters, parameters)):
             flat = self._flats[grads[0].dtype] = _flat(parameters)
         torch._foreach_copy_(flat.views, grads)
         if dist.get_backend(self.group) == 'nccl':
@@ -115,10 +121,6 @@ class FlatDataParallel(nn.Module):
             flat.buffer.div_(dist.get_world_size(self.group))
         for parameter, view in zip(parameters, flat.views):
             parameter.grad = view
-
-
-def _differ(view: Tensor, grad: Tensor) -> bool:
-    return view.shape != grad.shape or view.stride() != grad.stride() or view.device != grad.device
 
 
 def _flat(parameters: List[nn.Parameter]) -> _Flat:

@@ -106,7 +106,7 @@ def launch_backward(
     grn: Optional[Tuple[Tensor, Tensor, Tensor]] = None,
     gelu: bool = False,
 ) -> Tuple[Tensor, Tensor]:
-    """Gradient of the map, and shares (N, 11, C) in float32 of those of the nine taps and the bias and of the map's sum.
+    """Gradient of the map, and shares (N, 11, C) in float32 of those of the nine taps and the bias and of its sum.
 
     Args:
         grad, x (Tensor): (B, C, H, W), channels-last.
