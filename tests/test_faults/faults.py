@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, and what is done to them. Imported on both sides: nothing happens at import.
+"""Trainings in processes of their own, and what is done to them. Imported on both sides, and in the server first.
 
 The processes are forked from a server that has imported everything once, so that one takes a second or two.
 """
@@ -19,6 +19,10 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / 'test_tools'))
 from tiny_configs import load_tool, write_config  # noqa: E402
+
+from mmoverlock import compat  # noqa: E402
+
+compat.apply()  # as the tools do: beside transformers 5, mmpretrain is imported by the server as little as by them
 
 PRELOAD = ['faults', 'mmpretrain.datasets', 'mmpretrain.models', 'mmpretrain.engine', 'mmpretrain.evaluation']
 

@@ -10,6 +10,7 @@ from common import mend_interpreter
 from mmoverlock.ops import depthwise_conv3x3, feed_forward
 from mmoverlock.ops.depthwise import small
 from mmoverlock.ops.feed_forward import triton as fused
+from mmoverlock.ops.sums import add_up
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -21,6 +22,15 @@ HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 
 if INTERPRETED:
     mend_interpreter()
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 5), (2, 64, 33), (1, 130, 11, 16), (1, 2100, 24), (3, 20, 40, 7)])
+def test_sums_of_shares(shape):
+    shares = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    sums = add_up(shares)
+    assert sums.shape == (shape[0], *shape[2:])
+    torch.testing.assert_close(sums, shares.double().sum(1).float(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(sums, add_up(shares))
 
 
 def conv_arguments(shape, dtype=torch.float32):

@@ -6,6 +6,7 @@ from typing import List, Tuple
 import torch
 from torch import Tensor
 
+from ..sums import add_up
 from ..triton_common import Lanes, power_of_two
 from .sizes import Sizes
 
@@ -240,7 +241,7 @@ def _chunk_backward(plan, grad, query, products, scale, tables, value, out, lse,
             *query.stride(), *value.stride(), *grad.stride(), *shape, batch, step, plan.stripes, bands, rows, heads,
             **constants, **plan.launch(3),
         )  # fmt: skip
-    bias_grad = _unpadded(dbias.sum((0, 1, 2)), plan)
+    bias_grad = _unpadded(add_up(dbias.view(1, -1, columns))[0], plan)
     del dbias, delta  # before more is made
     drpb = [scale.new_empty(plan.groups, 2 * window - 1, 2 * window - 1) for window in plan.windows]
     small, large = plan.windows
@@ -248,5 +249,5 @@ def _chunk_backward(plan, grad, query, products, scale, tables, value, out, lse,
         shares, *drpb, plan.groups, partials, splits, K1=small, K2=large, BS=16, num_warps=2,
     )  # fmt: skip
     del shares
-    dproducts = dproducts[0] if partials == 1 else dproducts.sum(0)
+    dproducts = dproducts[0] if partials == 1 else add_up(dproducts[None])[0]
     return [dproducts, bias_grad, *drpb]

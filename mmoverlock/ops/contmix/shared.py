@@ -6,6 +6,7 @@ from typing import List, Tuple
 import torch
 from torch import Tensor
 
+from ..sums import add_up
 from ..triton_common import HALF, Lanes, power_of_two
 from .sizes import Sizes
 
@@ -244,8 +245,9 @@ def backward(grad, query, key, weight, bias, rpb1, rpb2, value, out, lse, dquery
         **plan.table_constants, BU=power_of_two(2 * plan.windows[1] - 1), BP=32, num_warps=4,
     )  # fmt: skip
     places = [slice(window**2) for window in plan.windows]
-    dbias = torch.cat([dtable.sum((0, 1, 2, 3))[place] for dtable, place in zip(dtables, places)])
-    dweight = dweight.sum(0).split(plan.padded)
+    dtables = [add_up(dtable.view(-1, dtable.shape[2] * dtable.shape[3], dtable.shape[4])) for dtable in dtables]
+    dbias = torch.cat([add_up(dtable[None])[0, place] for dtable, place in zip(dtables, places)])
+    dweight = add_up(dweight[None])[0].split(plan.padded)
     return [torch.cat([rows[place] for rows, place in zip(dweight, places)]), dbias, *drpb]
 
 

@@ -7,6 +7,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from ..sums import add_up
 from ..triton_common import (
     compute_input,
     definition_gradients,
@@ -146,7 +147,7 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor, residual: bool) -> Tuple
     """What :func:`launch_backward` gives, the shares added up."""
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
     dx, shares = launch_backward(grad, x, weight, residual)
-    return dx, shares.sum(0)
+    return dx, add_up(shares[None])[0]
 
 
 @_gradients.register_fake

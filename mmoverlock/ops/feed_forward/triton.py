@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..depthwise.small import launch_backward, launch_forward
+from ..sums import add_up
 from ..triton_common import (
     HALF,
     Lanes,
@@ -108,14 +109,7 @@ def _fewer_shares(shares: Tensor) -> Tensor:
 
     They are read by kernels with one program an image, which are slow at it where a few large images leave a GPU empty.
     """
-    from .triton_kernels import sum_shares_kernel
-
-    batch, parts, columns = shares.shape
-    if parts < TUNING.shares:
-        return shares
-    sums = shares.new_empty((batch, 1, columns))
-    sum_shares_kernel[(batch * -(-columns // 32),)](shares, sums, parts, columns // 8, V=8, BP=128, BE=32)
-    return sums
+    return shares if shares.shape[1] < TUNING.shares else add_up(shares).unsqueeze(1)
 
 
 @torch.library.custom_op('mmoverlock::feed_forward', mutates_args=())
@@ -217,7 +211,7 @@ def _gradients(
             lanes.hold(0)
             with lanes.lane(0):
                 dweight1 = _product(rows(dgiven), rows(x), weight1)
-                found = [dweight1, dweight2, taps.sum(0), grads.sum(0)]
+                found = [dweight1, dweight2, add_up(taps[None])[0], add_up(grads[None])[0]]
             lanes.keep(taps, grads)
             if input_grad:
                 dx = torch.mm(rows(dgiven), weight1.to(x.dtype).view(hidden, channels))

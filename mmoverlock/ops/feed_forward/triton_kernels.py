@@ -45,23 +45,6 @@ def ffn_expand_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def sum_shares_kernel(shares, sums, PARTS, E, V: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr):
-    """sums[B, E] of shares[B, PARTS, E]; a program has BE columns of an image and takes BP rows at a time."""
-    E = E * V
-    blocks = tl.cdiv(E, BE)
-    pid = tl.program_id(0)
-    image = pid // blocks
-    e = pid % blocks * BE + tl.arange(0, BE)
-    p = tl.arange(0, BP)
-    known = (e < E)[None, :]
-    at = shares + image.to(tl.int64) * PARTS * E + p[:, None] * E + e[None, :]
-    total = tl.zeros((BP, BE), dtype=tl.float32)
-    for part in range(0, PARTS, BP):
-        total += tl.load(at + part * E, mask=(part + p < PARTS)[:, None] & known, other=0.0)
-    tl.store(sums + image * E + e, tl.sum(total, 0), mask=e < E)
-
-
-@triton.jit(do_not_specialize=_SIZES)
 def grn_scale_kernel(squares, gamma, scale, rounded, norm, PARTS, E, eps, V: tl.constexpr, BE: tl.constexpr):
     """From the shares of the sums of squares, [B, PARTS, E], the norm of every channel and what it is scaled with.
 
