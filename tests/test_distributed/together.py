@@ -51,6 +51,9 @@ def call(function, folder, *args):
 
 
 def _member(rank, folder, function, args):
+    from mmoverlock import compat
+
+    compat.apply()  # as the tools do
     torch.set_num_threads(1)
     folder = Path(folder)
     try:

@@ -22,9 +22,13 @@ from tiny_configs import load_tool, write_config  # noqa: E402
 
 from mmoverlock import compat  # noqa: E402
 
-compat.apply()  # as the tools do: beside transformers 5, mmpretrain is imported by the server as little as by them
+compat.apply()
 
-PRELOAD = ['faults', 'mmpretrain.datasets', 'mmpretrain.models', 'mmpretrain.engine', 'mmpretrain.evaluation']
+PRELOAD = ['faults']
+# The server imports what it finds (Python 3.12's does not find this module), before any patch: beside transformers 5
+# mmpretrain cannot be imported without one.
+if (compat.major_version('transformers') or 0) < 5:
+    PRELOAD += ['mmpretrain.datasets', 'mmpretrain.models', 'mmpretrain.engine', 'mmpretrain.evaluation']
 
 #: Everything that a resumed run could lose: random augmentation in a worker that outlives the epoch and in the main
 #: process, mixup and stochastic depth from the model's random numbers, an average of the weights with its buffers, a
