@@ -112,7 +112,7 @@ class Model(BaseModel):
         if hasattr(self, 'head'):
             from mmpretrain.structures import DataSample
 
-            return self.head.loss(features, [DataSample().set_gt_label(int(label)) for label in labels])
+            return self.head.loss(features, [DataSample().set_gt_label(label.view(1)) for label in labels])
         weights = (1 + labels.to(inputs.dtype)).view(-1, 1, 1, 1)
         return dict(loss=sum((weights * feature.relu()).square().mean() for feature in features))
 

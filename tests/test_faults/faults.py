@@ -214,6 +214,7 @@ def train_two(config_file, work, *flags, fault=None, arguments=()):
     Raises:
         torch.distributed.elastic.multiprocessing.errors.ChildFailedError: One of them failed.
     """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     context()
@@ -230,7 +231,11 @@ def train_two(config_file, work, *flags, fault=None, arguments=()):
         max_restarts=0,
         monitor_interval=0.1,
     )
-    elastic_launch(launch, _train)(argv, str(log), fault, arguments)
+    try:
+        elastic_launch(launch, _train)(argv, str(log), fault, arguments)
+    except ChildFailedError:
+        print(log.read_text())  # which pytest shows of a test that fails
+        raise
     return log.read_text()
 
 
