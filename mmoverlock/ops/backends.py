@@ -8,6 +8,8 @@ import os
 from dataclasses import dataclass
 from typing import Callable, Dict, Optional, Sequence
 
+import torch
+
 ENV_VARIABLE = 'MMOVERLOCK_BACKEND'
 
 _OPERATORS: Dict[str, Sequence['Backend']] = {}
@@ -33,6 +35,11 @@ class Backend:
     run: Callable
     refuse: Callable[..., Optional[str]]
     auto: bool = True
+
+
+def records_graph() -> bool:
+    """Whether operators are being compiled, traced or exported, and not run."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 def register(operator: str, backends: Sequence[Backend]) -> None:
