@@ -12,6 +12,7 @@ from ..checkpoints import adapt_block_state_dict
 from ..ops import contmix
 from .layers import (
     GRN,
+    Conv1x1,
     ConvFFN,
     ConvNorm,
     DropPath,
@@ -179,7 +180,7 @@ class NormConv(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.bn = nn.BatchNorm2d(in_channels)
-        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.conv = Conv1x1(in_channels, out_channels)
 
     def switch_to_deploy(self) -> None:
         """Folds the batch norm into the convolution."""
@@ -201,7 +202,7 @@ class Fusion(nn.Module):
         self.dwconv = DWConv(in_channels)
         self.bn = nn.BatchNorm2d(in_channels)
         self.act = nn.GELU()
-        self.conv = nn.Conv2d(in_channels, out_channels, 1)
+        self.conv = Conv1x1(in_channels, out_channels)
         self.grn = GRN(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ..ops import (
 from ..ops.affine import affine
 from ..ops.autocast import no_autocast
 from ..ops.feed_forward.reference import grn
+from ..ops.pointwise import conv1x1
 
 # Parallel branches (kernel size, dilation) of the re-parameterised large kernel, per size.
 # Source: UniRepLKNet, https://arxiv.org/abs/2311.15599
@@ -179,6 +180,21 @@ class SELayer(nn.Module):
         return affine(x, scale)
 
 
+class Conv1x1(nn.Conv2d):
+    """1x1 convolution through :func:`mmoverlock.ops.pointwise.conv1x1`.
+
+    Args:
+        in_channels, out_channels (int): Channels in and out.
+        bias (bool): Defaults to True.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv1x1(x, self.weight, self.bias)
+
+
 class DWConv(nn.Conv2d):
     """Depthwise 3x3 convolution through :func:`mmoverlock.ops.depthwise_conv3x3`.
 
@@ -216,8 +232,10 @@ class ConvNorm(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, stride: int = 1) -> None:
         super().__init__()
-        padding = kernel_size // 2
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+        if kernel_size == stride == 1:
+            self.conv = Conv1x1(in_channels, out_channels, bias=False)
+        else:
+            self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
         self.bn = nn.BatchNorm2d(out_channels)
 
     def switch_to_deploy(self) -> None:

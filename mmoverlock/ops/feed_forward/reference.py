@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..affine import affine
 from ..depthwise.reference import conv3x3_reference
+from ..pointwise import conv1x1
 
 
 def grn(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
@@ -39,6 +40,6 @@ def feed_forward_reference(
     residual: bool,
 ) -> Tensor:
     """Arguments as :func:`mmoverlock.ops.feed_forward`."""
-    h = F.gelu(F.conv2d(x, weight1, bias1))
+    h = F.gelu(conv1x1(x, weight1, bias1))
     y = conv3x3_reference(h, dw_weight, dw_bias, residual)
-    return F.conv2d(grn(y, gamma, beta, eps), weight2, bias2)
+    return conv1x1(grn(y, gamma, beta, eps), weight2, bias2)
