@@ -56,6 +56,15 @@ def test_second_derivative():
     assert torch.autograd.gradgradcheck(lambda *a: contmix(*a, backend='cpu'), args, fast_mode=True)
 
 
+def test_second_derivative_is_the_definitions():
+    args = [a.requires_grad_() for a in arguments(**SHARED[1])]
+    second = []
+    for backend in ('cpu', 'reference'):
+        grads = torch.autograd.grad(contmix(*args, backend=backend).sin().sum(), args, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in grads), args))
+    torch.testing.assert_close(*second)
+
+
 def test_is_what_a_cpu_takes(monkeypatch):
     from mmoverlock.ops.contmix import cpu
 

@@ -3,7 +3,8 @@
 Queries times (keys times projection) are a third of the multiplications of (queries times keys) times projection.
 And on a map hardly larger than the window, such as all of Focus-Net's at 224 x 224, the window of a position is that of
 its whole quarter: the large kernel is attention, one product with the values a window, where the definition lays
-weights out. Plain operators, differentiated by PyTorch.
+weights out. It is taken sample by sample, whose weights stay in the cache; everything else is plain operators,
+differentiated by PyTorch.
 """
 
 from typing import Iterator, Optional, Tuple
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..autocast import no_autocast
+from ..backends import records_graph
+from ..triton_common import definition_gradients, differentiated_again
 from .reference import mix_map, widened, window_biases, window_softmax, window_sum
 
 _WINDOWS = 4  # different ones of a map, up to which they are taken one by one
@@ -21,7 +24,7 @@ def refuse(query: Tensor, *others: Tensor) -> Optional[str]:
     """Why this form cannot serve the call, or None."""
     if query.device.type != 'cpu':
         return f'is for CPU tensors, these are on {query.device.type}'
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+    if records_graph():
         return 'a graph is being recorded'
     return None
 
@@ -64,11 +67,44 @@ def _by_windows(query: Tensor, product: Tensor, bias: Tensor, rpb: Tensor, value
     for top, rows in _shares(height, window):
         blocks = []
         for left, columns in _shares(width, window):
-            logits = _times(query[:, :, rows, columns], product) + biases[:, rows, columns]
+            queries = query[:, :, rows, columns]
             values = value[..., top : top + window, left : left + window].flatten(3).transpose(2, 3)
-            blocks.append(_times(logits.softmax(-1), values))
+            out = _Attention.apply(queries.flatten(2, 3), product, biases[:, rows, columns].flatten(1, 2), values)
+            blocks.append(out.unflatten(2, queries.shape[2:4]))
         lines.append(blocks[0] if len(blocks) == 1 else torch.cat(blocks, 3))
     return (lines[0] if len(lines) == 1 else torch.cat(lines, 2)).permute(0, 1, 4, 2, 3)
+
+
+class _Attention(torch.autograd.Function):
+    """:func:`_attention` sample by sample: their weights, a square of the map's size, are gone through in the cache."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, product: Tensor, bias: Tensor, value: Tensor) -> Tensor:
+        weights = [torch.baddbmm(bias, *sample).softmax(-1) for sample in zip(query, product)]
+        ctx.save_for_backward(query, product, bias, value, *weights)
+        return torch.stack([torch.bmm(*sample) for sample in zip(weights, value)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        query, product, bias, value, *weights = ctx.saved_tensors
+        if differentiated_again():
+            inputs = (query, product, bias, value)
+            return tuple(definition_gradients(_attention(*inputs), inputs, grad))
+        dquery, dproduct, dvalue = (torch.empty_like(t) for t in (query, product, value))
+        dbias = torch.zeros_like(bias)
+        for n, sample in enumerate(weights):
+            torch.bmm(sample.transpose(1, 2), grad[n], out=dvalue[n])
+            dweights = torch.bmm(grad[n], value[n].transpose(1, 2))
+            dlogits = torch._softmax_backward_data(dweights, sample, -1, sample.dtype)
+            torch.bmm(dlogits, product[n].transpose(1, 2), out=dquery[n])
+            torch.bmm(query[n].transpose(1, 2), dlogits, out=dproduct[n])
+            dbias += dlogits
+        return dquery, dproduct, dbias, dvalue
+
+
+def _attention(query: Tensor, product: Tensor, bias: Tensor, value: Tensor) -> Tensor:
+    """(B, G, P, D), (B, G, D, N), (G, P, N) and (B, G, N, D) to (B, G, P, D)."""
+    return torch.matmul((torch.matmul(query, product) + bias).softmax(-1), value)
 
 
 def _shares(length: int, window: int) -> Iterator[Tuple[int, slice]]:
