@@ -22,7 +22,6 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     Returns:
         Tensor: (B, E, H, W).
     """
-    last = x.stride(1) == 1  # also of some channels of a map in that format
-    if x.device.type != 'cpu' or not last or records_graph():
+    if x.device.type != 'cpu' or records_graph() or x.stride(1) != 1:  # 1 also for some channels of such a map
         return F.conv2d(x, weight, bias)
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
