@@ -1,8 +1,10 @@
 """What two processes do together. Imported on both sides: nothing happens at import.
 
-They are forked from the server of ``tests/test_faults`` and meet at a file: no port is involved.
+They are forked from the server of ``tests/test_faults``, or where there are two GPUs started anew, and meet at a file:
+no port is involved.
 """
 
+import multiprocessing
 import sys
 import traceback
 from pathlib import Path
@@ -37,12 +39,13 @@ def call(function, folder, *args):
     import faults
 
     folder.mkdir()
-    context = faults.context()
+    # The server's processes see no GPUs.
+    context = multiprocessing.get_context('spawn') if torch.cuda.device_count() > 1 else faults.context()
     processes = [context.Process(target=_member, args=(rank, str(folder), function, args)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
         if process.exitcode is None:
             process.kill()
     errors = [path.read_text() for path in sorted(folder.glob('error*'))]

@@ -12,7 +12,9 @@ import struct
 import subprocess
 import sys
 import zipfile
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -168,7 +170,6 @@ def _train(argv, log, fault=None, arguments=()):
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     _leave_out_what_takes_seconds()
-    os.environ['CUDA_VISIBLE_DEVICES'] = ''
     if fault is not None:
         globals()[fault](*arguments)
     load_tool('train.py').main(argv)
@@ -185,9 +186,11 @@ def _leave_out_what_takes_seconds():
 
 
 def context():
-    """The server's context, everything imported."""
+    """The server's context, everything imported, and no GPU in sight: packages count them when they are imported."""
     ctx = multiprocessing.get_context('forkserver')
     ctx.set_forkserver_preload(PRELOAD)
+    with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=''):
+        forkserver.ensure_running()
     return ctx
 
 
