@@ -71,7 +71,7 @@ def test_refused_on_the_cpu_and_without_triton(monkeypatch):
 
 
 def test_order_of_preference():
-    assert available_backends('contmix') == ('triton', 'reference', 'natten')
+    assert available_backends('contmix') == ('triton', 'cpu', 'reference', 'natten')
 
 
 @pytest.mark.parametrize('shape', [(2, 8, 16, 20, 20, 5, 13), (2, 8, 16, 50, 80, 5, 13), (128, 16, 16, 9, 9, 5, 7)])
