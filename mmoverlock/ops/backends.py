@@ -42,6 +42,13 @@ def records_graph() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
+def refuse_but_on_cpu(x: torch.Tensor) -> Optional[str]:
+    """Why a form for tensors on a CPU, which graphs do not have, cannot serve a call with ``x``, or None."""
+    if x.device.type != 'cpu':
+        return f'is for CPU tensors, these are on {x.device.type}'
+    return 'a graph is being recorded' if records_graph() else None
+
+
 def register(operator: str, backends: Sequence[Backend]) -> None:
     """Keeps the backends of one operator, in order of preference."""
     _OPERATORS[operator] = tuple(backends)

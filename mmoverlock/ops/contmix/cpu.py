@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import no_autocast
-from ..backends import records_graph
+from ..backends import refuse_but_on_cpu
 from ..triton_common import definition_gradients, differentiated_again
 from .reference import mix_map, widened, window_biases, window_softmax, window_sum
 
@@ -22,11 +22,7 @@ _WINDOWS = 4  # different ones of a map, up to which they are taken one by one
 
 def refuse(query: Tensor, *others: Tensor) -> Optional[str]:
     """Why this form cannot serve the call, or None."""
-    if query.device.type != 'cpu':
-        return f'is for CPU tensors, these are on {query.device.type}'
-    if records_graph():
-        return 'a graph is being recorded'
-    return None
+    return refuse_but_on_cpu(query)
 
 
 def contmix_cpu(

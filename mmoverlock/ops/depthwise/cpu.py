@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import records_graph
+from ..backends import refuse_but_on_cpu
 from ..triton_common import definition_gradients, differentiated_again
 from .reference import depthwise_conv2d_reference
 
@@ -21,11 +21,7 @@ _FEW = 5  # taps along a side from which on the library's gradients are slow
 
 def refuse(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Optional[str]:
     """Why this form cannot serve the call, or None."""
-    if x.device.type != 'cpu':
-        return f'is for CPU tensors, these are on {x.device.type}'
-    if records_graph():
-        return 'a graph is being recorded'
-    return 'a tensor is empty' if 0 in x.shape else None
+    return refuse_but_on_cpu(x) or ('a tensor is empty' if 0 in x.shape else None)
 
 
 def depthwise_conv2d_cpu(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int) -> Tensor:
