@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, and what is done to them. Imported on both sides, and in the server first.
+"""Trainings in processes of their own, and what is done to them. Imported on both sides: nothing happens at import.
 
 The processes are forked from a server that has imported everything once, so that one takes a second or two.
 """
@@ -23,8 +23,6 @@ sys.path.insert(0, str(HERE.parent / 'test_tools'))
 from tiny_configs import load_tool, write_config  # noqa: E402
 
 from mmoverlock import compat  # noqa: E402
-
-compat.apply()
 
 PRELOAD = ['faults']
 # The server imports what it finds (Python 3.12's does not find this module), before any patch: beside transformers 5
