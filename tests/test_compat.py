@@ -63,21 +63,41 @@ def test_multimodal_switch_is_left_alone_once_the_models_are_imported(monkeypatc
     assert dependency.WITH_MULTIMODAL is True
 
 
-def test_mmpretrain_models_import_beside_transformers_5(tmp_path):
-    # What transformers 5 is to mmpretrain: a distribution that lacks the names it wants. Unpatched, the import fails.
+def run_beside_transformers_5(tmp_path, code):
+    """Runs code where transformers 5 is what it is to mmpretrain: a distribution that lacks the names it wants."""
     (tmp_path / 'transformers.py').touch()
     info = tmp_path / 'transformers-5.0.0.dist-info'
     info.mkdir()
     (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: transformers\nVersion: 5.0.0\n')
-    code = f"""
-        import sys
-        sys.path.insert(0, {str(tmp_path)!r})
+    code = f'import sys\nsys.path.insert(0, {str(tmp_path)!r})\n' + textwrap.dedent(code)
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_mmpretrain_models_import_beside_transformers_5(tmp_path):
+    run_beside_transformers_5(
+        tmp_path,
+        """
         from mmoverlock import compat
         assert compat.apply()[0] == 'skip_multimodal_models'
         assert compat.apply() == ()
         import mmpretrain.models
-    """
-    subprocess.run([sys.executable, '-c', textwrap.dedent(code)], check=True)
+        """,
+    )
+
+
+def test_unpatched_the_head_says_what_to_do(tmp_path):
+    run_beside_transformers_5(
+        tmp_path,
+        """
+        from mmoverlock import OverLoCKClsHead
+        try:
+            OverLoCKClsHead(num_classes=2, in_channels=(8, 8))
+        except ImportError as error:
+            assert 'call mmoverlock.compat.apply()' in str(error), error
+        else:
+            raise AssertionError('it imports')
+        """,
+    )
 
 
 def test_mmseg_bases_are_found_in_the_fork(monkeypatch, tmp_path):

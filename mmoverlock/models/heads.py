@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoints import adapt_head_state_dict
+from ..compat import major_version
 from ..ops.autocast import no_autocast
 from ..registry import MODELS
 from .blocks import init_weights, switch_to_deploy
@@ -19,6 +20,12 @@ try:
     _IMPORT_ERROR = None
 except Exception as error:  # mmpretrain's optional parts fail at import in many ways; the backbone must not care
     ClsHead, _IMPORT_ERROR = nn.Module, error
+
+
+def _remedy() -> str:
+    if (major_version('transformers') or 0) >= 5:
+        return 'transformers 5 is beside it; call mmoverlock.compat.apply() before anything imports mmpretrain'
+    return 'pip install mmpretrain'
 
 
 @MODELS.register_module()
@@ -57,7 +64,7 @@ class OverLoCKClsHead(ClsHead):
     ) -> None:
         if _IMPORT_ERROR is not None:
             raise ImportError(
-                f'OverLoCKClsHead needs mmpretrain, which does not import ({_IMPORT_ERROR}): pip install mmpretrain'
+                f'OverLoCKClsHead needs mmpretrain, which does not import ({_IMPORT_ERROR}): {_remedy()}'
             ) from _IMPORT_ERROR
         if num_classes < 1:
             raise ValueError(f'num_classes must be positive, got {num_classes}')

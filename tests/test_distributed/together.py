@@ -54,9 +54,6 @@ def call(function, folder, *args):
 
 
 def _member(rank, folder, function, args):
-    from mmoverlock import compat
-
-    compat.apply()  # as the tools do
     torch.set_num_threads(1)
     folder = Path(folder)
     try:
@@ -106,6 +103,9 @@ class Model(BaseModel):
         super().__init__()
         self.backbone = OverLoCK_(**{**FORMS[form], **settings})
         if form == 'cls':
+            from mmoverlock import compat
+
+            compat.apply()  # as the tools do, before anything imports mmpretrain
             from mmoverlock import OverLoCKClsHead
 
             self.head = OverLoCKClsHead(num_classes=5, in_channels=self.backbone.out_channels, hidden_channels=16)
