@@ -51,6 +51,22 @@ def mend_interpreter():
     interpreter._patch_lang_tensor = patch_tensor
 
 
+def compile_kernel(kernel, sizes, constants, warps=4):
+    """Compiles a kernel in Triton for a GPU that need not be there; its numbers are float32.
+
+    The interpreter runs what the compiler refuses, such as a name that is of another type after a loop.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: 'i32' if name in sizes else '*fp32' for name in kernel.arg_names}
+    signature.update(dict.fromkeys(constants, 'constexpr'))
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+    return triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=warps))
+
+
 def run_interpreted(tests):
     """Runs tests of kernels in a process of their own: Triton reads the wish to interpret when it is first imported."""
     env = dict(os.environ, TRITON_INTERPRET='1', CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')

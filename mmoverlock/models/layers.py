@@ -13,6 +13,7 @@ from ..ops import (
     depthwise_conv2d_branches,
     depthwise_conv2d_norm_branches,
     depthwise_conv3x3,
+    excite,
     feed_forward,
 )
 from ..ops.affine import affine
@@ -171,12 +172,13 @@ class SELayer(nn.Module):
         super().__init__()
         inner = max(16, channels // 8)
         self.reduce = nn.Conv2d(channels, inner, 1)
-        self.act = nn.GELU()
         self.expand = nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        reduce, expand = self.reduce, self.expand
         with no_autocast(x.device.type):
-            scale = self.expand(self.act(self.reduce(spatial_mean(x, self.reduce.weight.dtype)))).sigmoid()
+            pooled = spatial_mean(x, reduce.weight.dtype)
+            scale = excite(pooled, reduce.weight, reduce.bias, expand.weight, expand.bias)
         return affine(x, scale)
 
 

@@ -8,6 +8,7 @@ from .depthwise import (
     depthwise_conv2d_norm_branches,
     depthwise_conv3x3,
 )
+from .excite import excite
 from .feed_forward import feed_forward
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     'depthwise_conv2d_branches',
     'depthwise_conv2d_norm_branches',
     'depthwise_conv3x3',
+    'excite',
     'feed_forward',
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import OnGpu, run_interpreted
+from common import OnGpu, compile_kernel, run_interpreted
 
 from mmoverlock.ops import BackendError, available_backends, depthwise_conv3x3, feed_forward, triton_common
 from mmoverlock.ops.depthwise import small
@@ -107,18 +107,9 @@ def test_plan_covers_the_map(own, tile, batch, channels, height, width):
 )
 def test_compiler_keeps_rows_that_travel_with_the_loop(name, constants, carried):
     """Triton 3.6 folds ``a, b = b, c`` with one first value for both into a constant ``a``."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from mmoverlock.ops.depthwise import small_kernels
 
     kernel = getattr(small_kernels, f'depthwise3_{name}_kernel')
-    constants = dict(V=2, BC=16, RESIDUAL=True, **constants)
-    signature = {name: '*fp32' for name in kernel.arg_names}
-    signature.update(dict.fromkeys(small_kernels._SIZES, 'i32'), **dict.fromkeys(constants, 'constexpr'))
-    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    compiled = triton.compile(source, target=GPUTarget('cuda', 90, 32), options=dict(num_warps=4))
+    compiled = compile_kernel(kernel, small_kernels._SIZES, dict(V=2, BC=16, RESIDUAL=True, **constants))
     found = re.findall(r'%(\S+) =', re.search(r'scf\.for .*?iter_args\((.*?)\) ->', compiled.asm['ttir'])[1])
     assert len(found) == carried, found

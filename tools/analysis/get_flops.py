@@ -128,7 +128,7 @@ def counting():
         not multiply-accumulates of the complete count, they are only in the published one.
     """
     from mmoverlock.models import blocks
-    from mmoverlock.models.layers import ConvFFN, ResDWConv
+    from mmoverlock.models.layers import ConvFFN, ResDWConv, SELayer
 
     tally = Counter()
 
@@ -144,11 +144,13 @@ def counting():
         return torch.empty_like(value)
 
     def look(module, inputs, output):
-        # Its convolutions are one function, which no hook sees.
+        # Where convolutions are one function, no hook sees them.
         if isinstance(module, ConvFFN):
             hidden = output.numel() // output.shape[1] * module.fc1.out_channels
             tally['residual 3x3 depthwise'] += 9 * hidden
             tally['bias'] += hidden + output.numel()
+        elif isinstance(module, SELayer):
+            tally['bias'] += output.shape[0] * (module.reduce.out_channels + module.expand.out_channels)
         elif isinstance(module, ResDWConv):
             tally['residual 3x3 depthwise'] += output.numel() * module.weight[0].numel()
         elif isinstance(module, nn.Conv2d) and module.bias is not None:

@@ -35,8 +35,9 @@ if __name__ == 'profile':
 GROUPS = {
     'contmix': r'contmix|^shared_|query_grad|value_grad|window_sum|na2d',
     'feed-forward': r'^ffn_|^grn_(scale|grad)',
+    'squeeze and excitation': r'^excite_',
     'depthwise 3x3': r'^depthwise3_|conv2d_c1_k1',
-    'depthwise': r'depthwise|dwconv|conv_dw|^band_|^diagonal_|^weight_grad_kernel',
+    'depthwise': r'depthwise|^dilated_|dwconv|conv_dw|^band_|^diagonal_|^weight_grad_kernel',
     'norms': r'norm|welford|grn|^branch_|\bbn_',
     'matmul and convolution': (
         r'gemm|matmul|cutlass|nvjet|xmma|conv|wgrad|dgrad|fprop|addmm|\bmm\b|bmm|linear\b|cudnn|sm\d\d_'
