@@ -190,6 +190,17 @@ def test_boxes_of_a_config(tool):
     assert torch.equal(boxes.half().float(), boxes)
 
 
+def test_configs_of_packages(tool):
+    """A peer's config by mmengine's name for it, counted though its backbone cannot be built on ``meta``."""
+    pytest.importorskip('mmdet')
+    cfg = tool.read_config(tool.MASK_RCNN_CONVNEXT)
+    assert cfg.model.backbone.type == 'mmpretrain.ConvNeXt'
+    parameters, macs = tool.count(tool.MASK_RCNN_CONVNEXT, 'config', '-', (64, 64))
+    assert 47e6 < parameters < 49e6 and macs > 0  # 48.1 M, as its authors say
+    with pytest.raises(tool.cli.UserError, match='mmdet::nothing.py'):
+        tool.read_config('mmdet::nothing.py')
+
+
 def test_suites_are_rows_that_can_be(tool):
     pytest.importorskip('timm')
     for name, jobs in tool.suites().items():

@@ -82,6 +82,8 @@ get_flops = sibling('get_flops')
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 DTYPES |= {'fp16-pure': torch.float16, 'bf16-pure': torch.bfloat16}
 RUNS = ('eager', 'compile', 'blocks', 'reduce-overhead', 'max-autotune-no-cudagraphs')
+MASK_RCNN_CONVNEXT = 'mmdet::convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py'
+UPERNET_CONVNEXT = 'mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py'
 RECORDED = ('graphs', 'blocks+graphs')
 CAPTURED = ('cudagraph', 'compile+cudagraph', 'blocks+cudagraph')
 RUNS += (*RECORDED, *CAPTURED)
@@ -153,10 +155,11 @@ def suites() -> dict:
     """Lists of jobs that have a name."""
     ways = ['eager', 'graphs', 'blocks+graphs']
     detection = dict(task='det', shape=(800, 1280), batch=2, dtype='fp16')
-    configs = [
-        *(osp.join(ROOT, 'configs', 'detection', f'{m}_overlock-t_fpn_1x_coco.py') for m in ('mask-rcnn', 'retinanet')),
+    detectors = [
+        osp.join(ROOT, 'configs', 'detection', f'{m}_overlock-t_fpn_1x_coco.py') for m in ('mask-rcnn', 'retinanet')
     ]
     upernet = osp.join(ROOT, 'configs', 'segmentation', 'overlock-t_upernet_8xb2-160k_ade20k-512x512.py')
+    pictures = [(512, 512), (512, 2048)]
     return dict(
         # The deep ones first: with --parallel they take longest to compile.
         targets=[
@@ -187,8 +190,10 @@ def suites() -> dict:
             *grid(model='xt', mode='train', shape=(96, 96), batch=8, backend=['auto', 'reference']),
         ],
         papers=[
-            *grid(model=configs, task='config', shape=(800, 1280), dtype=['fp32', 'fp16']),
-            *grid(model=upernet, task='config', shape=[(512, 512), (512, 2048)], dtype=['fp32', 'fp16']),
+            *grid(model=detectors, task='config', shape=(800, 1280), dtype=['fp32', 'fp16'], run=['eager', 'graphs']),
+            *grid(model=upernet, task='config', shape=pictures, dtype=['fp32', 'fp16'], run=['eager', 'graphs']),
+            *grid(model=MASK_RCNN_CONVNEXT, task='config', shape=(800, 1280), dtype=['fp32', 'fp16']),
+            *grid(model=UPERNET_CONVNEXT, task='config', shape=pictures, dtype=['fp32', 'fp16']),
         ],
     )
 
@@ -313,8 +318,16 @@ def flatten(outputs) -> tuple:
 
 @functools.lru_cache(maxsize=None)
 def read_config(path):
-    """A config whose packages are there."""
-    cfg = cli.load_config(path)
+    """A config whose packages are there, or one of a package, ``mmdet::retinanet/retinanet_r50_fpn_1x_coco.py``."""
+    if '::' in path:
+        from mmengine.hub import get_config
+
+        try:
+            cfg = get_config(path)
+        except Exception as error:  # a package or a config that is not there, or one that does not read
+            raise cli.UserError(f'--config {path}: {error}') from error
+    else:
+        cfg = cli.load_config(path)
     cli.check_packages(cfg)
     cli.check_model(cfg)
     return cfg

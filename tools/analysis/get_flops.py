@@ -96,8 +96,11 @@ def build_config(cfg) -> nn.Module:
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = cfg.model.copy()
     model.pop('train_cfg', None) if cfg.get('default_scope') == 'mmpretrain' else None
-    with torch.device('meta'):
-        return revert_sync_batchnorm(MODELS.build(model))
+    try:
+        with torch.device('meta'):
+            return revert_sync_batchnorm(MODELS.build(model))
+    except RuntimeError:  # a backbone that reads a value while it is built, as mmpretrain's ConvNeXt
+        return revert_sync_batchnorm(MODELS.build(model)).to('meta')
 
 
 def reshape_to(model: nn.Module, form: str) -> nn.Module:
