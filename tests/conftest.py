@@ -31,6 +31,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place.get)
 
 
+@pytest.fixture
+def full_precision():
+    """Definitions on a GPU in float32: cuDNN's convolutions are TF32 by PyTorch's default."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
 @pytest.fixture(scope='session')
 def official_shapes():
     """Key to shape of every official state dict, and the counts of parameters under ``params``."""

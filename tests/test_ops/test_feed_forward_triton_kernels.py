@@ -15,7 +15,10 @@ from mmoverlock.ops.sums import add_up
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cuda' if CUDA and not INTERPRETED else 'cpu'
-pytestmark = pytest.mark.skipif(not (CUDA or INTERPRETED), reason='needs a GPU or TRITON_INTERPRET=1')
+pytestmark = [
+    pytest.mark.skipif(not (CUDA or INTERPRETED), reason='needs a GPU or TRITON_INTERPRET=1'),
+    pytest.mark.usefixtures('full_precision'),
+]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # Triton's interpreter cannot multiply bfloat16.
 HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
