@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import OnGpu, run_interpreted
+from common import OnGpu, compile_kernel, run_interpreted
 
 from mmoverlock.ops import BackendError, available_backends, depthwise_conv2d, triton_common
+from mmoverlock.ops.depthwise import norm_dilated
 from mmoverlock.ops.depthwise import triton as fused
 
 KERNEL_TESTS = Path(__file__).with_name('test_depthwise_triton_kernels.py')
@@ -15,6 +16,40 @@ KERNEL_TESTS = Path(__file__).with_name('test_depthwise_triton_kernels.py')
 @pytest.mark.skipif(not triton_common.INSTALLED, reason='needs Triton')
 def test_kernels_interpreted():
     run_interpreted(KERNEL_TESTS)
+
+
+@pytest.mark.skipif(not triton_common.INSTALLED, reason='needs Triton')
+@pytest.mark.parametrize(
+    'name, constants',
+    [
+        ('dilated_forward', dict(T=3, N=4, G=2, BC=16, GRAD=False)),
+        ('dilated_forward', dict(T=2, N=4, G=2, BC=16, GRAD=True)),
+        ('dilated_backward', dict(T=4, N=4, G=2, BC=16)),
+        ('dilated_sum', dict(VP=4, BP=16, BC=16, T=3, M=2, SCALED=True)),
+        ('dilated_sum', dict(VP=4, BP=16, BC=16, T=3, M=1, SCALED=False)),
+    ],
+)
+def test_dilated_kernels_compile(name, constants):
+    from mmoverlock.ops.depthwise import norm_dilated_kernels
+
+    kernel = getattr(norm_dilated_kernels, f'{name}_kernel')
+    compiled = compile_kernel(kernel, norm_dilated_kernels._SIZES, dict(V=4, **constants))
+    assert compiled.asm['cubin']
+
+
+@pytest.mark.parametrize('dilations', [(4, 5, 7), (3, 4, 5), (1, 2)])
+@pytest.mark.parametrize('shape', [(64, 64, 56, 56), (2, 512, 25, 40), (1, 3, 2, 70), (2, 34, 200, 3)])
+def test_dilated_plan_covers_the_map(shape, dilations):
+    batch, channels, height, width = shape
+    (vectors, _, _, rows, shares, lanes, *steps), constants, programs, parts = norm_dilated.plan(
+        shape, dilations, norm_dilated.TUNING
+    )
+    assert vectors * constants['V'] == channels and steps[: len(dilations)] == list(dilations) and len(steps) == 4
+    assert programs == len(dilations) * parts * -(-channels // constants['BC'])
+    assert parts == batch * shares * lanes
+    cdiv, least = norm_dilated.cdiv, min(dilations)
+    assert 1 <= shares <= least * cdiv(cdiv(height, least), rows), 'programs without a strip'
+    assert lanes * constants['G'] >= max(d * cdiv(cdiv(width, d), constants['N']) for d in dilations)
 
 
 @pytest.mark.parametrize(

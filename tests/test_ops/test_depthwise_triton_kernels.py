@@ -1,19 +1,24 @@
 """The depthwise convolution in Triton against its definition: on a GPU, or interpreted on the CPU."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 from common import mend_interpreter
 
 from mmoverlock.ops import depthwise_conv2d, depthwise_conv2d_branches, depthwise_conv2d_norm_branches
-from mmoverlock.ops.depthwise import norm, norm_small
+from mmoverlock.ops.depthwise import norm, norm_dilated, norm_small
 from mmoverlock.ops.depthwise import triton as fused
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cuda' if CUDA and not INTERPRETED else 'cpu'
-pytestmark = pytest.mark.skipif(not (CUDA or INTERPRETED), reason='needs a GPU or TRITON_INTERPRET=1')
+pytestmark = [
+    pytest.mark.skipif(not (CUDA or INTERPRETED), reason='needs a GPU or TRITON_INTERPRET=1'),
+    pytest.mark.usefixtures('full_precision'),
+]
+HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]  # it cannot multiply matrices of bfloat16
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 if INTERPRETED:
@@ -80,8 +85,7 @@ def test_equals_the_definition(shape, size, dilation):
     assert max(found) < TOLERANCE[torch.float32], found
 
 
-# Triton's interpreter cannot multiply bfloat16.
-@pytest.mark.parametrize('dtype', [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', HALF)
 @pytest.mark.parametrize('mixed', [False, True])
 @pytest.mark.parametrize('shape, size, dilation', [((2, 2, 7, 40), 9, 2), ((1, 1, 14, 14), 13, 1)])
 def test_half_precision(dtype, mixed, shape, size, dilation):
@@ -424,13 +428,20 @@ def test_norm_branches_registered_as_torch_asks(dtype):
     n = len(NORMED)
     lists = (args[1 : n + 1], [d for _, d in NORMED], args[n + 1 : 2 * n + 1], args[2 * n + 1 :], [1e-5] * n)
     checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
-    torch.library.opcheck(norm._norm_branches, (args[0], *lists), test_utils=checks)
     x = args[0].detach()
-    lists = [[t.detach() if isinstance(t, torch.Tensor) else t for t in values] for values in lists]
-    out, mean, var, *kept = norm._norm_branches(x, *lists)
-    for wanted in (True, False):
-        inputs = (torch.randn_like(out), x, kept, mean, var, *lists, wanted)
-        torch.library.opcheck(norm._gradients, inputs, test_utils=checks)
+    bare = [[t.detach() if isinstance(t, torch.Tensor) else t for t in values] for values in lists]
+    lines = x.to(memory_format=torch.channels_last)
+    # Small maps in half precision, and others by branches that all have maps, and by two that have none.
+    forms = [(args[0], None)] if dtype is torch.float16 else [(args[0], None), (x, lines.requires_grad_())]
+    for given in forms:
+        torch.library.opcheck(norm._norm_branches, (*given, *lists), test_utils=checks)
+        given = [t if t is None else t.detach() for t in given]
+        out, mean, var, *kept = norm._norm_branches(*given, *bare)
+        grad = torch.randn_like(out)
+        grads = (grad, None if given[1] is None else grad)
+        for wanted in (True, False):
+            inputs = (*grads, *given, kept, mean, var, *bare, wanted)
+            torch.library.opcheck(norm._gradients, inputs, test_utils=checks)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
@@ -442,6 +453,40 @@ def test_norm_branches_traced(dtype):
     found, expected = (torch.autograd.grad(f(*args)[0].square().sum(), args) for f in (compiled, norm_branches))
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, *HALF])
+@pytest.mark.parametrize(
+    'shape, branches',
+    [
+        ((2, 3, 5, 17), ((5, 1), (3, 4), (3, 5), (3, 7))),  # a map smaller than the window
+        ((1, 34, 2, 17), ((5, 1), (3, 2), (3, 1))),  # channels of two programs, and of part of one
+        ((3, 2, 17, 5), ((3, 1), (7, 1), (3, 2), (3, 3), (3, 4))),
+        ((2, 4, 1, 19), ((5, 1), (3, 2), (3, 3))),
+    ],
+)
+def test_norm_branches_dilated(shape, branches, dtype, monkeypatch):
+    """The last 3x3 branches of large maps in one launch; in as many strips as a phase can be cut into."""
+    monkeypatch.setattr(norm_dilated, 'TUNING', replace(norm_dilated.TUNING, programs=10**6))
+    errors = norm_errors(norm_arguments(shape, dtype, branches), branches)
+    assert max(errors) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype], errors
+
+
+def test_norm_branches_dilated_are_told(monkeypatch):
+    """Which of the branches have no maps: the last 3x3 ones, but never all and never one alone."""
+    shape = (1, 2, 3, 17)
+    counts = {(9, 3): 0, (9, 3, 3): 2, (9, 3, 5): 0, (3, 3, 3): 2, (9, 5): 0, (3,) * 7: 4}
+    assert {sizes: norm_dilated.count(sizes) for sizes in counts} == counts
+    args = norm_arguments(shape, torch.float16)
+    args[0] = args[0].detach().to(memory_format=torch.channels_last).requires_grad_()
+    seen = []
+    original = norm_dilated.add
+    monkeypatch.setattr(norm_dilated, 'add', lambda *given: seen.append(given[2].shape) or original(*given))
+    out, *_ = norm_branches(*args)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert seen == [(1, *shape)], 'the maps that were made one by one'
+    (dx,) = torch.autograd.grad(out.sum(), args[0])
+    assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch  # noqa: E402
 
 from mmoverlock.ops import depthwise_conv2d, depthwise_conv2d_norm_branches  # noqa: E402
-from mmoverlock.ops.depthwise import norm_small  # noqa: E402
+from mmoverlock.ops.depthwise import norm_dilated, norm_small  # noqa: E402
 from mmoverlock.ops.depthwise import triton as fused  # noqa: E402
 
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
@@ -99,6 +99,7 @@ LAYER_NAMES = ('out', 'mean', 'var', 'map', 'weights', 'gammas', 'betas')
 LAYER_CHECKS = [
     *list(LAYERS.values())[:2], ((5, 3, 16, 16), 15), ((67, 4, 14, 14), 13), ((3, 5, 7, 12), 13),
     ((2, 3, 9, 4), 15), ((65, 3, 8, 8), 7), ((1, 2, 16, 11), 9),
+    ((8, 64, 56, 56), 17), ((2, 128, 100, 160), 15), ((2, 40, 50, 80), 13), ((1, 24, 25, 40), 7), ((3, 5, 17, 33), 19),
 ]  # fmt: skip
 
 
@@ -345,12 +346,13 @@ def run_layer(branches, args, backend='triton'):
 
 @contextlib.contextmanager
 def branch_by_branch():
-    """The form for large maps, in which every branch's map is made, on all maps."""
-    kept, norm_small.takes = norm_small.takes, lambda *args: False
+    """Every branch's map is made, whatever it and the branches are."""
+    kept = norm_small.takes, norm_dilated.count
+    norm_small.takes, norm_dilated.count = lambda *args: False, lambda *args: 0
     try:
         yield
     finally:
-        norm_small.takes = kept
+        norm_small.takes, norm_dilated.count = kept
 
 
 def check_layer(shape, size, dtype):
@@ -391,7 +393,9 @@ def time_layers(dtype):
     print(f'{str(dtype)[6:]:28}{"":10} forward    both kept MiB | branch by branch')
     for name, (shape, size) in LAYERS.items():
         branches, args = draw_layer(shape, size, dtype)
-        cotangent = torch.randn(shape, device='cuda').to(dtype)
+        # As in the network, where the neighbours' maps are channels-last.
+        args[0] = args[0].detach().to(memory_format=torch.channels_last).requires_grad_()
+        cotangent = torch.randn(shape, device='cuda').to(dtype, memory_format=torch.channels_last)
         forward = functools.partial(run_layer, branches, args)
         both = functools.partial(lambda run, *rest: torch.autograd.grad(run()[0], *rest), forward, args, cotangent)
         times, kernels = [], []

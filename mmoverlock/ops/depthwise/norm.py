@@ -1,7 +1,8 @@
 """Parallel depthwise convolutions with a batch norm each, summed: a re-parameterised large kernel while it trains.
 
 The convolutions are those of ``triton``; the kernels of the norms, for all branches at once, are in ``norm_kernels``.
-Small maps in half precision go another way, ``norm_small``.
+Dilated 3x3 branches at the end of the list go another way, ``norm_dilated``, and so do all branches of small maps in
+half precision, ``norm_small``.
 """
 
 from functools import lru_cache
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..triton_common import Lanes, compute_input, definition_gradients, differentiated_again, on, power_of_two
-from . import norm_small
+from . import norm_dilated, norm_small
 from .reference import depthwise_conv2d_reference
 from .triton import _launch_band, _launch_conv, _launch_product, _launch_weight_grad, refuse_branches
 
@@ -45,19 +46,22 @@ def refuse(x, weights, dilations, gammas, betas, eps) -> Optional[str]:
 
 
 def norm_branches_triton(x, weights, dilations, gammas, betas, eps) -> Tuple[Tensor, Tensor, Tensor]:
-    """As the reference, but the result is contiguous (NCHW) whatever the memory format of ``x``.
+    """As the reference, but whatever the memory format of ``x`` the result is contiguous (NCHW), or channels-last.
 
     Computes in the type of ``x``, or in that of autocast. Sums, statistics and what is between them are float32.
     """
+    planes, lines = compute_input(x, torch.contiguous_format), None
+    if norm_dilated.count([w.shape[-1] for w in weights]) and not _small(planes, weights, dilations):
+        planes, lines = planes.detach(), compute_input(x, torch.channels_last)  # one carries the gradient
     out, mean, var, *_ = torch.ops.mmoverlock.depthwise_conv2d_norm_branches(
-        compute_input(x, torch.contiguous_format), *map(list, (weights, dilations, gammas, betas, eps))
+        planes, lines, *map(list, (weights, dilations, gammas, betas, eps))
     )
     return out, mean, var
 
 
 @lru_cache(maxsize=1024)
 def plan(shape, branches: int) -> dict:
-    """Constants of the kernels and sizes that follow from those of the map."""
+    """Constants of the kernels and sizes that follow from those of the map; ``branches`` that have maps."""
     batch, channels, height, width = shape
     pixels = height * width
     vector = next(v for v in (8, 4, 2, 1) if pixels % v == 0)
@@ -97,31 +101,52 @@ def _small(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> bo
     return norm_small.takes(x.shape, x.dtype, [w.shape[-1] for w in weights], dilations)
 
 
+def _made(weights: Sequence[Tensor], lines: Optional[Tensor]) -> int:
+    """How many branches have maps."""
+    tail = 0 if lines is None else norm_dilated.count([w.shape[-1] for w in weights])
+    return len(weights) - tail
+
+
 @torch.library.custom_op('mmoverlock::depthwise_conv2d_norm_branches', mutates_args=())
 def _norm_branches(
-    x: Tensor, weights: List[Tensor], dilations: List[int], gammas: List[Tensor], betas: List[Tensor], eps: List[float]
-) -> List[Tensor]:
-    """The output, mean and variance of every branch, and what the backward pass needs: the maps, or ``kept``."""
+    x: Tensor, lines: Optional[Tensor], weights: List[Tensor], dilations: List[int], gammas: List[Tensor],
+    betas: List[Tensor], eps: List[float],
+) -> List[Tensor]:  # fmt: skip
+    """The output, mean and variance of every branch, and what the backward pass needs: the maps, or ``kept``.
+
+    ``x`` is contiguous. ``lines`` is the same channels-last, if the last branches are for ``norm_dilated``; then the
+    output is channels-last, too, and those have no maps.
+    """
     x = x.contiguous()
     if _small(x, weights, dilations):
         return norm_small.forward(x, weights, dilations, gammas, betas, eps)
     from .norm_kernels import branch_statistics_kernel, branch_sum_kernel
 
     (batch, channels, *_), branches = x.shape, len(weights)
-    y = x.new_empty((branches, *x.shape))
+    made = _made(weights, lines)
+    y, rest, tail, first = x.new_empty((made, *x.shape)), None, None, None
     with Lanes(x.device) as lanes:
-        for n, (weight, dilation) in enumerate(zip(weights, dilations)):
+        for n, (weight, dilation) in enumerate(zip(weights[:made], dilations)):
             with lanes.lane(n):
                 _launch_conv(x, weight, None, dilation, False, y[n])
-    p = plan(x.shape, branches)
+        if lines is not None:
+            lines, packed = lines.contiguous(memory_format=torch.channels_last), norm_dilated.pack(weights[made:])
+            lanes.hold(1)
+            with lanes.lane(1):
+                rest, tail, first = norm_dilated.maps(lines, packed, dilations[made:])
+    p = plan(x.shape, made)
     mean, var, factor = (x.new_empty((branches, channels), dtype=torch.float32) for _ in range(3))
-    shift, out = x.new_empty((channels,), dtype=torch.float32), torch.empty_like(x)
+    shift = x.new_empty((channels,), dtype=torch.float32)
     with on(x.device):
         branch_statistics_kernel[(-(-channels // 16),)](
-            y, _sums(y, None, None), torch.stack(gammas), torch.stack(betas), _eps(y, eps), mean, var, factor, shift,
-            channels, p['vectors'], y.stride(0), p['splits'], x.numel() // channels,
-            N=branches, NB=p['sums']['NB'], V=p['sums']['V'], BC=16,
+            y, _sums(y, None, None), first, tail, torch.stack(gammas), torch.stack(betas), _eps(y, eps), mean, var,
+            factor, shift, channels, p['vectors'], y.stride(0), p['splits'], x.numel() // channels,
+            N=branches, NB=power_of_two(branches), T=branches - made, ROWS=p['sums']['NB'], V=p['sums']['V'], BC=16,
         )  # fmt: skip
+        if lines is not None:
+            out = norm_dilated.add(lines, rest, y, factor, shift)
+            return [out, mean, var, y]
+        out = torch.empty_like(x)
         branch_sum_kernel[(p['programs'],)](
             y, factor, shift, out, channels, batch * channels, p['vectors'], y.stride(0), **p['planes']
         )
@@ -129,22 +154,29 @@ def _norm_branches(
 
 
 @_norm_branches.register_fake
-def _(x, weights, dilations, gammas, betas, eps):
+def _(x, lines, weights, dilations, gammas, betas, eps):
     branches, channels = len(weights), x.shape[1]
     statistics = [x.new_empty((branches, channels), dtype=torch.float32) for _ in range(2)]
     small = _small(x, weights, dilations)
-    kept = norm_small.kept(x, weights, dilations) if small else [x.new_empty((branches, *x.shape))]
-    return [x.new_empty(x.shape), *statistics, *kept]
+    kept = norm_small.kept(x, weights, dilations) if small else [x.new_empty((_made(weights, lines), *x.shape))]
+    return [_like(x, lines), *statistics, *kept]
+
+
+def _like(x: Tensor, lines: Optional[Tensor]) -> Tensor:
+    """Room for a map, in the order that the operator gives."""
+    return x.new_empty(x.shape) if lines is None else torch.empty_like(lines, memory_format=torch.channels_last)
 
 
 @torch.library.custom_op('mmoverlock::depthwise_conv2d_norm_branches_backward', mutates_args=())
 def _gradients(
-    grad: Tensor, x: Tensor, kept: List[Tensor], mean: Tensor, var: Tensor, weights: List[Tensor], dilations: List[int],
-    gammas: List[Tensor], betas: List[Tensor], eps: List[float], input_grad: bool,
+    grad: Tensor, grad_lines: Optional[Tensor], x: Tensor, lines: Optional[Tensor], kept: List[Tensor], mean: Tensor,
+    var: Tensor, weights: List[Tensor], dilations: List[int], gammas: List[Tensor], betas: List[Tensor],
+    eps: List[float], input_grad: bool,
 ) -> List[Tensor]:  # fmt: skip
     """Gradients of the weights; of gammas and betas, (2, n, C) in float32; and at last that of the map if wanted.
 
-    Those of the weights are one tensor each, or on small maps one for all of them, one after another, in float32.
+    Those of the weights are one tensor each; but (T, 9, C) for those of ``norm_dilated``, and on small maps one for all
+    of them, one after another, in float32. ``grad_lines`` is ``grad`` as ``lines`` is ``x``.
     """
     grad, x = grad.contiguous(), x.contiguous()
     if _small(x, weights, dilations):
@@ -152,25 +184,40 @@ def _gradients(
     from .norm_kernels import branch_grad_kernel, branch_slopes_kernel
 
     (y,) = kept
-    (batch, channels, *_), branches = x.shape, len(weights)
-    p = plan(x.shape, branches)
+    (batch, channels, *_), branches, made = x.shape, len(weights), _made(weights, lines)
+    p = plan(x.shape, made)
     slopes = x.new_empty((3, branches, channels), dtype=torch.float32)
     dnorms = x.new_empty((2, branches, channels), dtype=torch.float32)
-    dx = torch.empty_like(x) if input_grad else None
-    with on(x.device):
+    dx, tail = torch.empty_like(x) if input_grad else None, None
+    if lines is not None:
+        lines, grad_lines = (t.contiguous(memory_format=torch.channels_last) for t in (lines, grad_lines))
+        packed, steps = norm_dilated.pack(weights[made:]), dilations[made:]
+    with on(x.device), Lanes(x.device, 1) as lanes:
+        if lines is not None:
+            with lanes.lane(0):
+                rest, tail, _ = norm_dilated.maps(lines, packed, steps, grad_lines, mean[made:])
+        sums = _sums(y, grad, mean)
+        lanes.wait_for(0)
         branch_slopes_kernel[(-(-channels // 16),)](
-            _sums(y, grad, mean), mean, var, torch.stack(gammas), _eps(y, eps), slopes, dnorms[0], dnorms[1], channels,
-            p['splits'], x.numel() // channels, N=branches, NB=p['sums']['NB'], BC=16,
+            sums, tail, mean, var, torch.stack(gammas), _eps(y, eps), slopes, dnorms[0], dnorms[1], channels,
+            p['splits'], x.numel() // channels,
+            N=branches, NB=power_of_two(branches), T=branches - made, ROWS=p['sums']['NB'], BC=16,
         )  # fmt: skip
     # A few branches at a time: the gradients of all maps at once would be the peak of the network's memory.
-    found = []
+    found, taps = [], []
     with on(x.device), Lanes(x.device, 3) as lanes:
-        for n, (weight, dilation) in enumerate(zip(weights, dilations)):
+        if lines is not None:
+            with lanes.lane(made):
+                lanes.keep(rest)  # of another lane, which may write over it once it is nobody's
+                rest, grads = norm_dilated.gradients(grad_lines, lines, rest, packed, slopes, steps)
+                taps.append(grads)
+        for n, (weight, dilation) in enumerate(zip(weights[:made], dilations)):
             with lanes.lane(n):
                 dy = torch.empty_like(x)
                 branch_grad_kernel[(p['programs'],)](
-                    grad, y[n], slopes[0, n], dy, channels, batch * channels, p['vectors'], **p['planes']
-                )
+                    grad, y[n], slopes[0, n], dy, channels, batch * channels, p['vectors'], FAR=slopes.stride(0),
+                    **p['planes'],
+                )  # fmt: skip
                 band = _launch_band(dy, weight, dilation, True) if input_grad else None
             if input_grad:
                 lanes.wait_for(n)
@@ -179,47 +226,58 @@ def _gradients(
                 found.append(_launch_weight_grad(dy, x, weight.shape[-1], dilation).to(weight.dtype))
                 del dy, band  # what the lane makes next may be in their place
             lanes.hold(n)
-    return [*found, dnorms, dx] if input_grad else [*found, dnorms]
+    if lines is not None and input_grad:
+        dx = norm_dilated.add(lines, rest, dx[None])
+    return [*found, *taps, dnorms, dx] if input_grad else [*found, *taps, dnorms]
 
 
 @_gradients.register_fake
-def _(grad, x, kept, mean, var, weights, dilations, gammas, betas, eps, input_grad):
+def _(grad, grad_lines, x, lines, kept, mean, var, weights, dilations, gammas, betas, eps, input_grad):
+    channels, made = x.shape[1], _made(weights, lines)
     if _small(x, weights, dilations):
         found = [x.new_empty((sum(w.numel() for w in weights),), dtype=torch.float32)]
     else:
-        found = [w.new_empty(w.shape) for w in weights]
-    found.append(x.new_empty((2, len(weights), x.shape[1]), dtype=torch.float32))
-    return [*found, x.new_empty(x.shape)] if input_grad else found
+        found = [w.new_empty(w.shape) for w in weights[:made]]
+    if made < len(weights):
+        found.append(x.new_empty((len(weights) - made, 9, channels), dtype=torch.float32))
+    found.append(x.new_empty((2, len(weights), channels), dtype=torch.float32))
+    return [*found, _like(x, lines)] if input_grad else found
 
 
 def _save(ctx, inputs, output) -> None:
-    x, weights, dilations, gammas, betas, eps = inputs
+    x, lines, weights, dilations, gammas, betas, eps = inputs
     _, mean, var, *kept = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, mean, var, *weights, *gammas, *betas, *kept)
+    ctx.save_for_backward(x, lines, mean, var, *weights, *gammas, *betas, *kept)
     ctx.dilations, ctx.eps = dilations, eps
-    ctx.input_grad = x.requires_grad
+    ctx.input_grad = (x if lines is None else lines).requires_grad
 
 
 def _backward(ctx, grads: List[Optional[Tensor]]):
-    x, mean, var, *parameters = ctx.saved_tensors
+    x, lines, mean, var, *parameters = ctx.saved_tensors
     count = len(ctx.dilations)
     parameters, kept = parameters[: 3 * count], parameters[3 * count :]
     weights, gammas, betas = (parameters[i * count : (i + 1) * count] for i in range(3))
     if differentiated_again():
-        out, _, _ = norm_branches_reference(x, weights, ctx.dilations, gammas, betas, ctx.eps)
-        dx, *rest = definition_gradients(out, (x, *parameters), grads[0])
+        given = x if lines is None else lines
+        out, _, _ = norm_branches_reference(given, weights, ctx.dilations, gammas, betas, ctx.eps)
+        dx, *rest = definition_gradients(out, (given, *parameters), grads[0])
     else:
-        # The layout is chosen here, where torch.compile can make it part of what computes the gradient.
+        # The layouts are chosen here, where torch.compile can make them part of what computes the gradient.
+        by_lines = None if lines is None else grads[0].contiguous(memory_format=torch.channels_last)
         *rest, last = torch.ops.mmoverlock.depthwise_conv2d_norm_branches_backward(
-            grads[0].contiguous(), x, kept, mean, var, weights, ctx.dilations, gammas, betas, ctx.eps, ctx.input_grad
-        )
+            grads[0].contiguous(), by_lines, x, lines, kept, mean, var, weights, ctx.dilations, gammas, betas, ctx.eps,
+            ctx.input_grad,
+        )  # fmt: skip
         dx, dnorms = (last, rest.pop()) if ctx.input_grad else (None, last)
-        if _small(x, weights, ctx.dilations):
-            parts = rest[0].split([w.numel() for w in weights])
-            rest = [part.view(w.shape).to(w.dtype) for part, w in zip(parts, weights)]
+        if lines is not None:
+            rest[-1:] = rest[-1].transpose(1, 2).contiguous().unbind()
+        elif _small(x, weights, ctx.dilations):
+            rest = rest[0].split([w.numel() for w in weights])
+        rest = [part.reshape(w.shape).to(w.dtype) for part, w in zip(rest, weights)]
         rest += [g.to(t.dtype) for g, t in zip(dnorms.flatten(0, 1), (*gammas, *betas))]
-    return dx, rest[:count], None, rest[count : 2 * count], rest[2 * count :], None
+    dx = (dx, None) if lines is None else (None, dx)
+    return *dx, rest[:count], None, rest[count : 2 * count], rest[2 * count :], None
 
 
 _norm_branches.register_autograd(_backward, setup_context=_save)
