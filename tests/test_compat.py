@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.runner import checkpoint
 
 from mmoverlock import compat
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def installed(monkeypatch, **versions):
@@ -81,6 +84,18 @@ def test_mmpretrain_models_import_beside_transformers_5(tmp_path):
         assert compat.apply()[0] == 'skip_multimodal_models'
         assert compat.apply() == ()
         import mmpretrain.models
+        """,
+    )
+
+
+def test_the_benchmark_reads_a_peer_beside_transformers_5(tmp_path):
+    pytest.importorskip('mmdet')
+    run_beside_transformers_5(
+        tmp_path,
+        f"""
+        import runpy
+        tool = runpy.run_path({str(ROOT / 'tools/analysis/benchmark.py')!r}, run_name='tool')
+        tool['read_config'](tool['MASK_RCNN_CONVNEXT'])
         """,
     )
 

@@ -60,7 +60,10 @@ import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
 
-from mmoverlock import OverLoCK, OverLoCKClsHead, cli, compat  # noqa: E402
+from mmoverlock import OverLoCK, cli, compat  # noqa: E402
+
+compat.apply()  # before the head imports mmpretrain, of which half would stay imported beside transformers 5
+from mmoverlock import OverLoCKClsHead  # noqa: E402
 from mmoverlock.models.graphs import Graphs  # noqa: E402
 from mmoverlock.models.layers import ConvNorm  # noqa: E402
 from mmoverlock.ops.autocast import autocast_written_in  # noqa: E402
@@ -1163,7 +1166,6 @@ def set_device(args) -> None:
 
 
 def main(argv=None) -> int:
-    compat.apply()
     args = parse_args(argv)
     with cli.one_line_errors():
         if args.read:
