@@ -10,6 +10,7 @@ from mmengine.model import MMDistributedDataParallel
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from ..models import OverLoCK
 from ..registry import MODEL_WRAPPERS
 
 
@@ -58,6 +59,9 @@ class FlatDataParallel(nn.Module):
         self._synced = True
         self._waiting = False
         self._flats: Dict[torch.dtype, _Flat] = {}
+        for part in module.modules():
+            if isinstance(part, OverLoCK):
+                part.averaged_afterwards = True
         first = dist.get_global_rank(process_group, 0) if process_group else 0
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):

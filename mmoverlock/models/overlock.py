@@ -139,7 +139,8 @@ class OverLoCK(BaseModule):
         compile (bool | dict): Call :meth:`compile_blocks`, with these options if it is a dict. Defaults to False.
         cuda_graphs (bool): On a GPU, record the network as CUDA graphs for the sizes that keep coming, up to four: most
             of a training step or of a small batch is otherwise launching kernels. In training every forward pass needs
-            its backward pass before the next. A network with SyncBatchNorm runs as ever. Changing a batch norm's
+            its backward pass before the next, and gradients come by ``backward()``: ``torch.autograd.grad`` finds
+            none by the network's parameters. A network with SyncBatchNorm runs as ever. Changing a batch norm's
             momentum after the recording has no effect. Defaults to False.
         init_cfg (dict, optional): ``dict(type='Pretrained', checkpoint=FILE_OR_URL)`` loads any official file and any
             checkpoint of ours. Defaults to None: the initialisation of the official code.
@@ -158,6 +159,7 @@ class OverLoCK(BaseModule):
     """
 
     memory_format = torch.channels_last  # of the maps inside; what the network returns is contiguous
+    averaged_afterwards = False  # several processes average gradients once all are there, as FlatDataParallel does
 
     def __init__(
         self,

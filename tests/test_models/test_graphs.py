@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,34 @@ from mmoverlock import OverLoCK
 from mmoverlock.models import graphs
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+
+
+class OnCPU(graphs._Recording):
+    """A recording whose graphs are functions that do the same anew, in the same memory."""
+
+    def __init__(self, network, function, image, autocast):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, 'get_rng_state', lambda device: None)
+            patch.setattr(torch.cuda, 'set_rng_state', lambda state, device: None)
+            super().__init__(network, function, image, autocast)
+
+    def _capture(self, function, autocast):
+        maps = function(self.image)
+        self.maps = tuple(m.detach().clone() for m in maps)
+        self.grads = [torch.zeros_like(m) for m in maps]
+        self.found = self._gradients(maps, self.grads)
+
+        def forward():
+            with torch.enable_grad():
+                self.live = function(self.image)
+            for own, m in zip(self.maps, self.live):
+                own.copy_(m.detach())
+
+        def backward():
+            for own, g in zip(self.found, self._gradients(self.live, self.grads)):
+                own.copy_(g) if own is not None else None
+
+        self.forward_graph, self.backward_graph = (SimpleNamespace(replay=f) for f in (forward, backward))
 
 
 class FakeRecording:
@@ -30,6 +59,18 @@ def network(tiny, monkeypatch):
     monkeypatch.setattr(graphs.Graphs, '_takes', lambda self, network, image: not self._failed)
     monkeypatch.setattr(graphs.Graphs, '_record', lambda self, *_: FakeRecording(self._function))
     return randomise(OverLoCK(tiny, cuda_graphs=True)).eval()
+
+
+@pytest.fixture
+def trained(tiny, monkeypatch):
+    """A network that trains by recordings on the CPU, and one that does not."""
+    monkeypatch.setattr(graphs, '_AFTER', 1)
+    monkeypatch.setattr(graphs.Graphs, '_takes', lambda self, network, image: network.training)
+    monkeypatch.setattr(graphs.Graphs, '_record', lambda self, *args: OnCPU(args[0], self._function, *args[1:]))
+    network = randomise(OverLoCK(tiny, cuda_graphs=True)).train()
+    plain = OverLoCK(tiny).train()
+    plain.load_state_dict(network.state_dict())
+    return network, plain
 
 
 def recordings(network):
@@ -163,6 +204,62 @@ def steps(network, images, amp):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+@pytest.mark.parametrize('watched', [None, 'hook', 'post hook', 'group'])
+def test_replays_train_as_the_network_does(trained, monkeypatch, watched):
+    """Gradients that go to .grad past autograd, and those of parameters that somebody may be watching."""
+    network, plain = trained
+    seen, images = [], [torch.randn(4, 3, 32, 32) for _ in range(4)]
+    if watched == 'group':
+        monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    if watched in ('hook', 'post hook'):
+        parameter = network.stage1[0].norm.weight
+        hook = parameter.register_hook if watched == 'hook' else parameter.register_post_accumulate_grad_hook
+        hook(lambda tensor: seen.append(tensor.shape))
+    handed = []
+    original = graphs._Recording.hand_out
+    monkeypatch.setattr(graphs._Recording, 'hand_out', lambda self: handed.append(1) or original(self))
+    torch.testing.assert_close(steps(network, images, False), steps(plain, images, False), rtol=1e-5, atol=0)
+    assert len(network.graphs._recordings) == 1
+    assert len(handed) == (3 if watched is None else 0)
+    assert len(seen) == (4 if watched in ('hook', 'post hook') else 0)
+    for (name, a), b in zip(network.state_dict().items(), plain.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_replays_of_what_is_averaged_afterwards(trained, monkeypatch):
+    network, _ = trained
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    parameters = list(network.parameters())
+    assert graphs._watched(network, parameters)
+    network.averaged_afterwards = True
+    assert not graphs._watched(network, parameters)
+
+
+@pytest.mark.parametrize('frozen', [-1, 2])
+def test_replayed_gradients_add_up(trained, frozen):
+    """Two backward passes before a step; and what was handed out stays as it was when the next comes."""
+    network, plain = trained
+    for model in trained:
+        model.frozen_stages = frozen
+        model.train()
+    image = torch.randn(4, 3, 32, 32)
+    for _ in range(2):
+        for model in trained:
+            model.zero_grad()
+            for factor in (1, 3):
+                (factor * sum(m.square().mean() for m in model(factor * image))).backward()
+    kept = [(p, p.grad, p.grad.clone()) for p in network.parameters() if p.grad is not None]
+    network.zero_grad()
+    sum(m.square().mean() for m in network(2 * image)).backward()
+    assert network.graphs._recordings
+    others = dict(plain.named_parameters())
+    assert all((p.grad is None) == (others[n].grad is None) for n, p in network.named_parameters())
+    names = {p: n for n, p in network.named_parameters()}
+    for parameter, grad, before in kept:
+        assert torch.equal(grad, before) and grad is not parameter.grad
+        torch.testing.assert_close(grad, others[names[parameter]].grad, rtol=1e-3, atol=1e-6, msg=names[parameter])
 
 
 @needs_gpu
