@@ -1,7 +1,8 @@
-"""Check, time and tune the feed-forward half and the depthwise 3x3 on a GPU.
+"""Check, time and tune the feed-forward half and the depthwise 3x3 on a GPU, and squeeze and excitation.
 
     python tools/analysis/benchmark_feed_forward.py                        # check, then time
     python tools/analysis/benchmark_feed_forward.py --only tune profile
+    python tools/analysis/benchmark_feed_forward.py --only excite          # check and time the perceptron
 
 Times are medians in microseconds of calls replayed from a CUDA graph, beside the plain definition's in the same run, as
 it is (eager) and compiled by ``torch.compile``. Floor: the bytes that the operator has to move at 4.3 TB/s, the hidden
@@ -23,10 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch  # noqa: E402
 from benchmark_depthwise import median  # noqa: E402
 
-from mmoverlock.ops import depthwise_conv3x3, feed_forward  # noqa: E402
+from mmoverlock.ops import depthwise_conv3x3, excite, feed_forward  # noqa: E402
 from mmoverlock.ops.depthwise import small  # noqa: E402
 from mmoverlock.ops.feed_forward import triton as fused  # noqa: E402
 
+PARTS = ['check', 'time', 'tune', 'profile', 'excite']
 DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch.float32}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -44,6 +46,19 @@ CASES = {
 # The last one: so many shares of its sums that they are summed first.
 CHECKS = [(2, 64, 256, 56, 56), (3, 56, 224, 28, 28), (2, 384, 1152, 14, 14), (5, 80, 240, 7, 9), (1, 640, 1920, 7, 7)]
 CHECKS += [(1, 64, 256, 72, 100)]
+
+
+# B, C, hidden of squeeze and excitation: T's layers, and B's widest
+EXCITED = [
+    (64, 64, 16),
+    (64, 128, 16),
+    (64, 256, 32),
+    (64, 512, 64),
+    (1, 64, 16),
+    (1, 256, 32),
+    (1, 512, 64),
+    (2, 640, 80),
+]
 
 
 def arguments(sizes, dtype, parameters=torch.float32):
@@ -203,9 +218,37 @@ def _warm(run):
     _trial(sys.modules[name], *rest)
 
 
+def excited():
+    """Prints times of the perceptron of squeeze and excitation in float32, and the largest relative error of output and
+    gradients against float64; True if all are within the tolerance."""
+    print(f'{"B, C, hidden":16} ours: forward  both   definition: forward  both   error', flush=True)
+    passed = True
+    for batch, channels, hidden in EXCITED:
+        generator = torch.Generator('cuda').manual_seed(0)
+        shapes = (batch, channels, 1, 1), (hidden, channels, 1, 1), (hidden,), (channels, hidden, 1, 1), (channels,)
+        args = [torch.randn(*s, generator=generator, device='cuda').div_(s[1] ** 0.5 if s[1:] else 1) for s in shapes]
+        cotangent = torch.randn(args[0].shape, generator=generator, device='cuda')
+        results, times = [], []
+        for backend, dtype in (('triton', torch.float32), ('reference', torch.float32), ('reference', torch.float64)):
+            given = [a.detach().to(dtype).requires_grad_() for a in args]
+            forward = partial(excite, *given, backend=backend)
+            both = partial(lambda run, *rest: torch.autograd.grad(run(), *rest), forward, given, cotangent.to(dtype))
+            results.append([forward(), *both()])
+            if dtype is torch.float32:
+                with torch.no_grad():
+                    times.append(median(forward))
+                times.append(median(both))
+        error = max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(results[0], results[2]))
+        passed &= error < TOLERANCE[torch.float32]
+        sizes = f'{batch}, {channels}, {hidden}'
+        print(f'{sizes:16} {times[0]:13.1f} {times[1]:6.1f} {times[2]:20.1f} {times[3]:6.1f} {error:8.1e}', flush=True)
+    print('check passed' if passed else 'check FAILED', flush=True)
+    return passed
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', nargs='+', choices=['check', 'time', 'tune', 'profile'], default=['check', 'time'])
+    parser.add_argument('--only', nargs='+', choices=PARTS, default=['check', 'time'])
     parser.add_argument('--cases', nargs='+', choices=list(CASES), default=list(CASES))
     parser.add_argument('--dtype', choices=list(DTYPES), default='float16')
     parser.add_argument('--compiled', action='store_true', help='time the compiled definition, too')
@@ -222,6 +265,8 @@ def main():
         profile(cases, dtype)
     if 'tune' in args.only:
         tune(cases, dtype)
+    if 'excite' in args.only and not excited():
+        sys.exit(1)
 
 
 if __name__ == '__main__':
