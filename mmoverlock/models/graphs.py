@@ -30,7 +30,8 @@ class Graphs:
         self._seen: Dict[tuple, int] = {}
         self._recordings: Dict[tuple, '_Recording'] = {}
         self._tensors: Optional[list] = None
-        self._memory: list = []
+        self._parameters: list = []
+        self._memory: tuple = ()
         self._failed = False
 
     def __deepcopy__(self, memo) -> 'Graphs':
@@ -54,8 +55,9 @@ class Graphs:
         if not self._takes(network, image):
             return self._function(image)
         if self._tensors is None:  # going through a thousand modules at every call would take longer than a small batch
-            self._tensors = [*network.parameters(), *network.buffers()]
-        memory = [(t.data_ptr(), t.requires_grad) for t in self._tensors]
+            self._parameters = list(network.parameters())
+            self._tensors = [*self._parameters, *network.buffers()]
+        memory = [t.data_ptr() for t in self._tensors], [p.requires_grad for p in self._parameters]
         if memory != self._memory:  # weights have moved, or others are frozen: recordings would use the old ones
             self._memory = memory
             self._recordings.clear()
