@@ -482,9 +482,12 @@ def test_norm_branches_dilated_are_told(monkeypatch):
     seen = []
     original = norm_dilated.add
     monkeypatch.setattr(norm_dilated, 'add', lambda *given: seen.append(given[2].shape) or original(*given))
-    out, *_ = norm_branches(*args)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        out, *_ = norm_branches(*args)
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert seen == [(1, *shape)], 'the maps that were made one by one'
+    assert [s for s in kept if s[-2:] == shape[-2:]] == [shape, (1, *shape)], 'the map in one order, and those'
     (dx,) = torch.autograd.grad(out.sum(), args[0])
     assert dx.is_contiguous(memory_format=torch.channels_last)
 

@@ -248,35 +248,37 @@ def _save(ctx, inputs, output) -> None:
     x, lines, weights, dilations, gammas, betas, eps = inputs
     _, mean, var, *kept = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, lines, mean, var, *weights, *gammas, *betas, *kept)
-    ctx.dilations, ctx.eps = dilations, eps
-    ctx.input_grad = (x if lines is None else lines).requires_grad
+    # Of a map in two orders one is kept: to copy it anew takes less than its memory is worth.
+    given = x if lines is None else lines
+    ctx.save_for_backward(given, mean, var, *weights, *gammas, *betas, *kept)
+    ctx.dilations, ctx.eps, ctx.lines = dilations, eps, lines is not None
+    ctx.input_grad = given.requires_grad
 
 
 def _backward(ctx, grads: List[Optional[Tensor]]):
-    x, lines, mean, var, *parameters = ctx.saved_tensors
+    given, mean, var, *parameters = ctx.saved_tensors
     count = len(ctx.dilations)
     parameters, kept = parameters[: 3 * count], parameters[3 * count :]
     weights, gammas, betas = (parameters[i * count : (i + 1) * count] for i in range(3))
     if differentiated_again():
-        given = x if lines is None else lines
         out, _, _ = norm_branches_reference(given, weights, ctx.dilations, gammas, betas, ctx.eps)
         dx, *rest = definition_gradients(out, (given, *parameters), grads[0])
     else:
         # The layouts are chosen here, where torch.compile can make them part of what computes the gradient.
-        by_lines = None if lines is None else grads[0].contiguous(memory_format=torch.channels_last)
+        grad, x = grads[0].contiguous(), given.contiguous()
+        grad_lines = grads[0].contiguous(memory_format=torch.channels_last) if ctx.lines else None
         *rest, last = torch.ops.mmoverlock.depthwise_conv2d_norm_branches_backward(
-            grads[0].contiguous(), by_lines, x, lines, kept, mean, var, weights, ctx.dilations, gammas, betas, ctx.eps,
-            ctx.input_grad,
+            grad, grad_lines, x, given if ctx.lines else None, kept, mean, var, weights, ctx.dilations, gammas, betas,
+            ctx.eps, ctx.input_grad,
         )  # fmt: skip
         dx, dnorms = (last, rest.pop()) if ctx.input_grad else (None, last)
-        if lines is not None:
+        if ctx.lines:
             rest[-1:] = rest[-1].transpose(1, 2).contiguous().unbind()
         elif _small(x, weights, ctx.dilations):
             rest = rest[0].split([w.numel() for w in weights])
         rest = [part.reshape(w.shape).to(w.dtype) for part, w in zip(rest, weights)]
         rest += [g.to(t.dtype) for g, t in zip(dnorms.flatten(0, 1), (*gammas, *betas))]
-    dx = (dx, None) if lines is None else (None, dx)
+    dx = (None, dx) if ctx.lines else (dx, None)
     return *dx, rest[:count], None, rest[count : 2 * count], rest[2 * count :], None
 
 
