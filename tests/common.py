@@ -38,19 +38,6 @@ class OnGpu:
         self.shape, self.dtype, self.device = shape, dtype, torch.device('cuda', 0)
 
 
-def mend_interpreter():
-    """Triton 3.6 turns a loop's bound, an array of one element, into an int in a way that NumPy 2.4 refuses."""
-    from triton.runtime import interpreter
-
-    original = interpreter._patch_lang_tensor
-
-    def patch_tensor(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, '__index__', lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_tensor
-
-
 def compile_kernel(kernel, sizes, constants, warps=4):
     """Compiles a kernel in Triton for a GPU that need not be there; its numbers are float32.
 

@@ -1,23 +1,15 @@
 """The fused ContMix against its definition: on a GPU, or interpreted on the CPU (test_contmix_triton.py does that)."""
 
-import os
-
 import pytest
 import torch
-from common import mend_interpreter
+from kernel_tests import DEVICE, INTERPRETED, MARKS
 
 from mmoverlock.ops import contmix
 from mmoverlock.ops.contmix import reference
 
-CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-DEVICE = 'cuda' if CUDA and not INTERPRETED else 'cpu'
-pytestmark = pytest.mark.skipif(not (CUDA or INTERPRETED), reason='needs a GPU or TRITON_INTERPRET=1')
+pytestmark = MARKS
 cuda = pytest.mark.skipif(DEVICE == 'cpu', reason='needs a GPU')
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-if INTERPRETED:
-    mend_interpreter()
 
 
 def arguments(batch, groups, dim, height, width, small, large, cells, channels, dtype=torch.float32, scale=1.0):

@@ -1,28 +1,17 @@
 """The depthwise convolution in Triton against its definition: on a GPU, or interpreted on the CPU."""
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-from common import mend_interpreter
+from kernel_tests import DEVICE, HALF, MARKS
 
 from mmoverlock.ops import depthwise_conv2d, depthwise_conv2d_branches, depthwise_conv2d_norm_branches
 from mmoverlock.ops.depthwise import norm, norm_dilated, norm_small
 from mmoverlock.ops.depthwise import triton as fused
 
-CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-DEVICE = 'cuda' if CUDA and not INTERPRETED else 'cpu'
-pytestmark = [
-    pytest.mark.skipif(not (CUDA or INTERPRETED), reason='needs a GPU or TRITON_INTERPRET=1'),
-    pytest.mark.usefixtures('full_precision'),
-]
-HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]  # it cannot multiply matrices of bfloat16
+pytestmark = MARKS
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-if INTERPRETED:
-    mend_interpreter()
 
 
 def arguments(shape, size, dtype=torch.float32, parameters=torch.float32):

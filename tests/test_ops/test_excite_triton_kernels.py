@@ -1,26 +1,16 @@
 """The perceptron of squeeze-and-excitation in Triton against its definition: on a GPU, or interpreted on the CPU."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
-from common import mend_interpreter
+from kernel_tests import DEVICE, MARKS
 
 from mmoverlock.ops import excite
 from mmoverlock.ops.excite import triton as fused
 
-CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-DEVICE = 'cuda' if CUDA and not INTERPRETED else 'cpu'
-pytestmark = [
-    pytest.mark.skipif(not (CUDA or INTERPRETED), reason='needs a GPU or TRITON_INTERPRET=1'),
-    pytest.mark.usefixtures('full_precision'),
-]
+pytestmark = MARKS
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-if INTERPRETED:
-    mend_interpreter()
 
 
 def arguments(batch, channels, hidden, dtype=torch.float32, parameters=None):

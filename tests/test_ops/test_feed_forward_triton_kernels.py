@@ -1,30 +1,18 @@
 """Depthwise 3x3 and feed-forward half in Triton against their definitions: on a GPU, or interpreted on the CPU."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
-from common import mend_interpreter
+from kernel_tests import DEVICE, HALF, MARKS
 
 from mmoverlock.ops import depthwise_conv3x3, feed_forward
 from mmoverlock.ops.depthwise import small
 from mmoverlock.ops.feed_forward import triton as fused
 from mmoverlock.ops.sums import add_up
 
-CUDA = torch.cuda.is_available()
-INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
-DEVICE = 'cuda' if CUDA and not INTERPRETED else 'cpu'
-pytestmark = [
-    pytest.mark.skipif(not (CUDA or INTERPRETED), reason='needs a GPU or TRITON_INTERPRET=1'),
-    pytest.mark.usefixtures('full_precision'),
-]
+pytestmark = MARKS
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-# Triton's interpreter cannot multiply bfloat16.
-HALF = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
-
-if INTERPRETED:
-    mend_interpreter()
 
 
 @pytest.mark.parametrize('shape', [(1, 1, 5), (2, 64, 33), (1, 130, 11, 16), (1, 2100, 24), (3, 20, 40, 7)])
