@@ -46,6 +46,11 @@ def refuse_tensors(tensors: Dict[str, Tensor]) -> Optional[str]:
     return None
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is no less than ``n``."""
     return 1 << (n - 1).bit_length()

@@ -47,7 +47,7 @@ def test_dilated_plan_covers_the_map(shape, dilations):
     assert vectors * constants['V'] == channels and steps[: len(dilations)] == list(dilations) and len(steps) == 4
     assert programs == len(dilations) * parts * -(-channels // constants['BC'])
     assert parts == batch * shares * lanes
-    cdiv, least = norm_dilated.cdiv, min(dilations)
+    cdiv, least = triton_common.cdiv, min(dilations)
     assert 1 <= shares <= least * cdiv(cdiv(height, least), rows), 'programs without a strip'
     assert lanes * constants['G'] >= max(d * cdiv(cdiv(width, d), constants['N']) for d in dilations)
 

@@ -204,13 +204,12 @@ def _gradients(
             N=branches, NB=power_of_two(branches), T=branches - made, ROWS=p['sums']['NB'], BC=16,
         )  # fmt: skip
     # A few branches at a time: the gradients of all maps at once would be the peak of the network's memory.
-    found, taps = [], []
+    found = []
     with on(x.device), Lanes(x.device, 3) as lanes:
         if lines is not None:
             with lanes.lane(made):
                 lanes.keep(rest)  # of another lane, which may write over it once it is nobody's
-                rest, grads = norm_dilated.gradients(grad_lines, lines, rest, packed, slopes, steps)
-                taps.append(grads)
+                rest, taps = norm_dilated.gradients(grad_lines, lines, rest, packed, slopes, steps)
         for n, (weight, dilation) in enumerate(zip(weights[:made], dilations)):
             with lanes.lane(n):
                 dy = torch.empty_like(x)
@@ -226,9 +225,10 @@ def _gradients(
                 found.append(_launch_weight_grad(dy, x, weight.shape[-1], dilation).to(weight.dtype))
                 del dy, band  # what the lane makes next may be in their place
             lanes.hold(n)
-    if lines is not None and input_grad:
-        dx = norm_dilated.add(lines, rest, dx[None])
-    return [*found, *taps, dnorms, dx] if input_grad else [*found, *taps, dnorms]
+    if lines is not None:
+        found.append(taps)
+        dx = norm_dilated.add(lines, rest, dx[None]) if input_grad else None
+    return [*found, dnorms, dx] if input_grad else [*found, dnorms]
 
 
 @_gradients.register_fake

@@ -12,14 +12,9 @@ import torch
 from torch import Tensor
 
 from ..sums import add_up
-from ..triton_common import on, power_of_two
+from ..triton_common import cdiv, on, power_of_two
 
 _BRANCHES = 4  # at most
-
-
-def cdiv(a: int, b: int) -> int:
-    """``a / b``, rounded up."""
-    return -(-a // b)
 
 
 @dataclass(frozen=True)
