@@ -23,6 +23,11 @@ def major_version(distribution: str) -> Optional[int]:
         return None
 
 
+def beside_transformers_5() -> bool:
+    """Whether transformers 5 or newer is installed, beside which mmpretrain's models do not import unpatched."""
+    return (major_version('transformers') or 0) >= 5
+
+
 def skip_multimodal_models() -> bool:
     """Keep mmpretrain from importing its multimodal models beside transformers >= 5.
 
@@ -33,7 +38,7 @@ def skip_multimodal_models() -> bool:
     Returns:
         bool: Whether the switch was thrown.
     """
-    if (major_version('transformers') or 0) < 5 or util.find_spec('mmpretrain') is None:
+    if not beside_transformers_5() or util.find_spec('mmpretrain') is None:
         return False
     from mmpretrain.utils import dependency
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoints import adapt_head_state_dict
-from ..compat import major_version
+from ..compat import beside_transformers_5
 from ..ops.autocast import no_autocast
 from ..registry import MODELS
 from .blocks import init_weights, switch_to_deploy
@@ -23,7 +23,7 @@ except Exception as error:  # mmpretrain's optional parts fail at import in many
 
 
 def _remedy() -> str:
-    if (major_version('transformers') or 0) >= 5:
+    if beside_transformers_5():
         return 'transformers 5 is beside it; call mmoverlock.compat.apply() before anything imports mmpretrain'
     return 'pip install mmpretrain'
 

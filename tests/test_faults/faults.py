@@ -27,7 +27,7 @@ from mmoverlock import compat  # noqa: E402
 PRELOAD = ['faults']
 # The server imports what it finds (Python 3.12's does not find this module), before any patch: beside transformers 5
 # mmpretrain cannot be imported without one.
-if (compat.major_version('transformers') or 0) < 5:
+if not compat.beside_transformers_5():
     PRELOAD += ['mmpretrain.datasets', 'mmpretrain.models', 'mmpretrain.engine', 'mmpretrain.evaluation']
 
 #: Everything that a resumed run could lose: random augmentation in a worker that outlives the epoch and in the main
