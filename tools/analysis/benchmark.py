@@ -403,12 +403,8 @@ def count(model: str, task: str, form: str, shape: tuple) -> tuple:
         result = get_flops.report(lambda: get_flops.build_config(read_config(model)), model, name, shape)
         return result['params'][name], result['complete']
     job = Job(model, task=task, shape=shape)
+    network = get_flops.on_meta(lambda: build(job))
     with torch.device('meta'):
-        try:
-            network = build(job)
-        except Exception:  # a peer that reads a value while it is built
-            with torch.device('cpu'):
-                network = build(job).to('meta')
         network = reshape(network, form).eval()
         parameters = get_flops.parameters(network)
         try:

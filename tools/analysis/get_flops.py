@@ -21,6 +21,7 @@ import os.path as osp
 import sys
 from collections import Counter
 from contextlib import contextmanager
+from typing import Callable
 from unittest import mock
 
 if importlib.util.find_spec('mmoverlock') is None:  # a checkout that is not installed
@@ -96,11 +97,16 @@ def build_config(cfg) -> nn.Module:
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = cfg.model.copy()
     model.pop('train_cfg', None) if cfg.get('default_scope') == 'mmpretrain' else None
+    return on_meta(lambda: revert_sync_batchnorm(MODELS.build(model)))
+
+
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """What ``build`` gives, without storage."""
     try:
         with torch.device('meta'):
-            return revert_sync_batchnorm(MODELS.build(model))
-    except RuntimeError:  # a backbone that reads a value while it is built, as mmpretrain's ConvNeXt
-        return revert_sync_batchnorm(MODELS.build(model)).to('meta')
+            return build()
+    except Exception:  # a network that reads a value while it is built, as mmpretrain's ConvNeXt
+        return build().to('meta')
 
 
 def reshape_to(model: nn.Module, form: str) -> nn.Module:
