@@ -272,9 +272,9 @@ class ConfigNetwork(nn.Module):
         cfg = read_config(path)
         init_default_scope(cfg.get('default_scope', 'mmengine'))
         self.model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        generator = torch.Generator().manual_seed(SEED)
+        device = torch.get_default_device()
         for name, number in (('boxes', get_flops.PROPOSALS), ('masks', get_flops.MASK_PROPOSALS)):
-            self.register_buffer(name, random_boxes(job.batch, number, job.shape, generator), persistent=False)
+            self.register_buffer(name, random_boxes(job.batch, number, job.shape).to(device), persistent=False)
 
     def forward(self, x):
         model = self.model
@@ -301,15 +301,17 @@ class ConfigNetwork(nn.Module):
                 yield head(extractor(feats[: extractor.num_inputs], rois))
 
 
-def random_boxes(batch, number, shape, generator):
+def random_boxes(batch, number, shape):
     """(batch * number, 5): picture and corners; corners in eighths, which half precision holds exactly."""
-    scale = torch.tensor([shape[1], shape[0]]) // 8
-    one, other = (torch.rand(batch * number, 2, generator=generator) for _ in range(2))
-    size = 0.02 + 0.6 * torch.rand(batch * number, 1, generator=generator) ** 3  # most boxes are small
-    low = (one * (1 - size) * scale).floor()
-    high = low + ((0.5 + 0.5 * other) * size * scale).floor() + 1
-    index = torch.arange(batch).repeat_interleave(number).float()
-    return torch.cat([index[:, None], 8 * low, 8 * high], dim=1)
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.device('cpu'):  # whatever the default is: the boxes are the same on every device
+        scale = torch.tensor([shape[1], shape[0]]) // 8
+        one, other = (torch.rand(batch * number, 2, generator=generator) for _ in range(2))
+        size = 0.02 + 0.6 * torch.rand(batch * number, 1, generator=generator) ** 3  # most boxes are small
+        low = (one * (1 - size) * scale).floor()
+        high = low + ((0.5 + 0.5 * other) * size * scale).floor() + 1
+        index = torch.arange(batch).repeat_interleave(number).float()
+        return torch.cat([index[:, None], 8 * low, 8 * high], dim=1)
 
 
 def flatten(outputs) -> tuple:
