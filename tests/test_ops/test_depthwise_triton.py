@@ -25,15 +25,16 @@ def test_kernels_interpreted():
         ('dilated_forward', dict(T=3, N=4, G=2, BC=16, GRAD=False)),
         ('dilated_forward', dict(T=2, N=4, G=2, BC=16, GRAD=True)),
         ('dilated_backward', dict(T=4, N=4, G=2, BC=16)),
-        ('dilated_sum', dict(VP=4, BP=16, BC=16, T=3, M=2, SCALED=True)),
-        ('dilated_sum', dict(VP=4, BP=16, BC=16, T=3, M=1, SCALED=False)),
+        ('planes', dict(VP=4, BP=16, BC=16)),
+        ('sum', dict(VP=4, BP=16, BC=16, T=3, M=2, SCALED=True)),
+        ('sum', dict(VP=4, BP=16, BC=16, T=0, M=1, SCALED=False)),
     ],
 )
-def test_dilated_kernels_compile(name, constants):
-    from mmoverlock.ops.depthwise import norm_dilated_kernels
+def test_kernels_compile(name, constants):
+    from mmoverlock.ops.depthwise import norm_dilated_kernels, orders_kernels
 
-    kernel = getattr(norm_dilated_kernels, f'{name}_kernel')
-    compiled = compile_kernel(kernel, norm_dilated_kernels._SIZES, dict(V=4, **constants))
+    module = norm_dilated_kernels if name.startswith('dilated') else orders_kernels
+    compiled = compile_kernel(getattr(module, f'{name}_kernel'), module._SIZES, dict(V=4, **constants))
     assert compiled.asm['cubin']
 
 

@@ -7,7 +7,7 @@ import torch
 from kernel_tests import DEVICE, HALF, MARKS
 
 from mmoverlock.ops import depthwise_conv2d, depthwise_conv2d_branches, depthwise_conv2d_norm_branches
-from mmoverlock.ops.depthwise import norm, norm_dilated, norm_small
+from mmoverlock.ops.depthwise import norm, norm_dilated, norm_small, orders
 from mmoverlock.ops.depthwise import triton as fused
 
 pytestmark = MARKS
@@ -417,20 +417,14 @@ def test_norm_branches_registered_as_torch_asks(dtype):
     n = len(NORMED)
     lists = (args[1 : n + 1], [d for _, d in NORMED], args[n + 1 : 2 * n + 1], args[2 * n + 1 :], [1e-5] * n)
     checks = ('test_schema', 'test_autograd_registration', 'test_faketensor')
-    x = args[0].detach()
     bare = [[t.detach() if isinstance(t, torch.Tensor) else t for t in values] for values in lists]
-    lines = x.to(memory_format=torch.channels_last)
-    # Small maps in half precision, and others by branches that all have maps, and by two that have none.
-    forms = [(args[0], None)] if dtype is torch.float16 else [(args[0], None), (x, lines.requires_grad_())]
-    for given in forms:
-        torch.library.opcheck(norm._norm_branches, (*given, *lists), test_utils=checks)
-        given = [t if t is None else t.detach() for t in given]
-        out, mean, var, *kept = norm._norm_branches(*given, *bare)
-        grad = torch.randn_like(out)
-        grads = (grad, None if given[1] is None else grad)
-        for wanted in (True, False):
-            inputs = (*grads, *given, kept, mean, var, *bare, wanted)
-            torch.library.opcheck(norm._gradients, inputs, test_utils=checks)
+    x = args[0].detach()
+    torch.library.opcheck(norm._norm_branches, (args[0], *lists), test_utils=checks)
+    out, mean, var, *kept = norm._norm_branches(x, *bare)
+    grad = torch.randn_like(out)
+    for wanted in (True, False):
+        inputs = (grad, x, kept, mean, var, *bare[:2], bare[-1], wanted)
+        torch.library.opcheck(norm._gradients, inputs, test_utils=checks)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
@@ -452,6 +446,7 @@ def test_norm_branches_traced(dtype):
         ((1, 34, 2, 17), ((5, 1), (3, 2), (3, 1))),  # channels of two programs, and of part of one
         ((3, 2, 17, 5), ((3, 1), (7, 1), (3, 2), (3, 3), (3, 4))),
         ((2, 4, 1, 19), ((5, 1), (3, 2), (3, 3))),
+        ((2, 3, 4, 17), ((5, 1), (3, 2))),  # one alone has a map like the others
     ],
 )
 def test_norm_branches_dilated(shape, branches, dtype, monkeypatch):
@@ -469,8 +464,8 @@ def test_norm_branches_dilated_are_told(monkeypatch):
     args = norm_arguments(shape, torch.float16)
     args[0] = args[0].detach().to(memory_format=torch.channels_last).requires_grad_()
     seen = []
-    original = norm_dilated.add
-    monkeypatch.setattr(norm_dilated, 'add', lambda *given: seen.append(given[2].shape) or original(*given))
+    original = orders.add
+    monkeypatch.setattr(orders, 'add', lambda *given: seen.append(given[0].shape) or original(*given))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         out, *_ = norm_branches(*args)

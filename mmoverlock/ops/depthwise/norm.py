@@ -1,8 +1,8 @@
 """Parallel depthwise convolutions with a batch norm each, summed: a re-parameterised large kernel while it trains.
 
-The convolutions are those of ``triton``; the kernels of the norms, for all branches at once, are in ``norm_kernels``.
-Dilated 3x3 branches at the end of the list go another way, ``norm_dilated``, and so do all branches of small maps in
-half precision, ``norm_small``.
+Maps come and go channels-last. The convolutions are those of ``triton``, on planes that ``orders`` makes; the kernels
+of the norms, for all branches at once, are in ``norm_kernels``. Dilated 3x3 branches at the end of the list go another
+way, ``norm_dilated``, and so do all branches of small maps in half precision, ``norm_small``.
 """
 
 from functools import lru_cache
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..triton_common import Lanes, compute_input, definition_gradients, differentiated_again, on, power_of_two
-from . import norm_dilated, norm_small
+from . import norm_dilated, norm_small, orders
 from .reference import depthwise_conv2d_reference
-from .triton import _launch_band, _launch_conv, _launch_product, _launch_weight_grad, refuse_branches
+from .triton import _launch_bands, _launch_product, _launch_weight_grad, refuse_branches
 
 _PROGRAMS = 1056  # to aim at where a channel is summed in parts
 
@@ -46,15 +46,13 @@ def refuse(x, weights, dilations, gammas, betas, eps) -> Optional[str]:
 
 
 def norm_branches_triton(x, weights, dilations, gammas, betas, eps) -> Tuple[Tensor, Tensor, Tensor]:
-    """As the reference, but whatever the memory format of ``x`` the result is contiguous (NCHW), or channels-last.
+    """As the reference, but the result is channels-last whatever the memory format of ``x``.
 
     Computes in the type of ``x``, or in that of autocast. Sums, statistics and what is between them are float32.
     """
-    planes, lines = compute_input(x, torch.contiguous_format), None
-    if norm_dilated.count([w.shape[-1] for w in weights]) and not _small(planes, weights, dilations):
-        planes, lines = planes.detach(), compute_input(x, torch.channels_last)  # one carries the gradient
+    x = compute_input(x, torch.channels_last)
     out, mean, var, *_ = torch.ops.mmoverlock.depthwise_conv2d_norm_branches(
-        planes, lines, *map(list, (weights, dilations, gammas, betas, eps))
+        x, *map(list, (weights, dilations, gammas, betas, eps))
     )
     return out, mean, var
 
@@ -98,188 +96,192 @@ def _eps(y: Tensor, eps: Sequence[float]) -> Tensor:
 
 
 def _small(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> bool:
-    return norm_small.takes(x.shape, x.dtype, [w.shape[-1] for w in weights], dilations)
+    return norm_small.takes(x.shape, x.dtype, _sizes(weights), dilations)
 
 
-def _made(weights: Sequence[Tensor], lines: Optional[Tensor]) -> int:
+def _sizes(weights: Sequence[Tensor]) -> List[int]:
+    return [weight.shape[-1] for weight in weights]
+
+
+def _packed_size(weights: Sequence[Tensor]) -> int:
+    return sum(weight.numel() + 2 * len(weight) for weight in weights)
+
+
+def _unpacked(pack: Tensor, weights: Sequence[Tensor], made: int) -> Tuple[Tensor, ...]:
+    """Of all parameters one after another: the weights of the branches with maps, the others', gammas and betas."""
+    dense, tail = (sum(weight.numel() for weight in part) for part in (weights[:made], weights[made:]))
+    norms = len(weights) * len(weights[0])
+    parts = pack.split([dense, tail, norms, norms])
+    return (*parts[:2], *(part.view(len(weights), -1) for part in parts[2:]))
+
+
+def _made(weights: Sequence[Tensor]) -> int:
     """How many branches have maps."""
-    tail = 0 if lines is None else norm_dilated.count([w.shape[-1] for w in weights])
-    return len(weights) - tail
+    return len(weights) - norm_dilated.count(_sizes(weights))
 
 
 @torch.library.custom_op('mmoverlock::depthwise_conv2d_norm_branches', mutates_args=())
 def _norm_branches(
-    x: Tensor, lines: Optional[Tensor], weights: List[Tensor], dilations: List[int], gammas: List[Tensor],
-    betas: List[Tensor], eps: List[float],
-) -> List[Tensor]:  # fmt: skip
-    """The output, mean and variance of every branch, and what the backward pass needs: the maps, or ``kept``.
+    x: Tensor, weights: List[Tensor], dilations: List[int], gammas: List[Tensor], betas: List[Tensor], eps: List[float]
+) -> List[Tensor]:
+    """The output, channels-last as ``x`` is, mean and variance of every branch, and what the backward pass needs.
 
-    ``x`` is contiguous. ``lines`` is the same channels-last, if the last branches are for ``norm_dilated``; then the
-    output is channels-last, too, and those have no maps.
+    The last are the maps, of those branches that have one, and all parameters, or what ``norm_small.kept`` says.
     """
-    x = x.contiguous()
+    x = x.contiguous(memory_format=torch.channels_last)
     if _small(x, weights, dilations):
-        return norm_small.forward(x, weights, dilations, gammas, betas, eps)
-    from .norm_kernels import branch_statistics_kernel, branch_sum_kernel
+        out, *rest = norm_small.forward(orders.planes(x)[0], weights, dilations, gammas, betas, eps)
+        return [orders.add(out[None]), *rest]
+    from .norm_kernels import branch_statistics_kernel
 
-    (batch, channels, *_), branches = x.shape, len(weights)
-    made = _made(weights, lines)
+    channels, branches, made = x.shape[1], len(weights), _made(weights)
     y, rest, tail, first = x.new_empty((made, *x.shape)), None, None, None
+    pack = x.new_empty((_packed_size(weights),), dtype=torch.float32)
+    torch.cat([t.reshape(-1) for t in (*weights, *gammas, *betas)], out=pack)
+    dense, dilated, gamma, beta = _unpacked(pack, weights, made)
+    sizes = _sizes(weights)[:made]
     with Lanes(x.device) as lanes:
-        for n, (weight, dilation) in enumerate(zip(weights[:made], dilations)):
-            with lanes.lane(n):
-                _launch_conv(x, weight, None, dilation, False, y[n])
-        if lines is not None:
-            lines, packed = lines.contiguous(memory_format=torch.channels_last), norm_dilated.pack(weights[made:])
-            lanes.hold(1)
+        if made < branches:
             with lanes.lane(1):
-                rest, tail, first = norm_dilated.maps(lines, packed, dilations[made:])
+                rest, tail, first = norm_dilated.maps(x, dilated, dilations[made:])
+        (planes,), bands = orders.planes(x), _launch_bands(x, dense, sizes, dilations, False)
+        for n, (band, size, dilation) in enumerate(zip(bands, sizes, dilations)):
+            lanes.hold(n)
+            with lanes.lane(n):
+                _launch_product(planes, band, size, dilation, y[n])
     p = plan(x.shape, made)
     mean, var, factor = (x.new_empty((branches, channels), dtype=torch.float32) for _ in range(3))
     shift = x.new_empty((channels,), dtype=torch.float32)
     with on(x.device):
         branch_statistics_kernel[(-(-channels // 16),)](
-            y, _sums(y, None, None), first, tail, torch.stack(gammas), torch.stack(betas), _eps(y, eps), mean, var,
-            factor, shift, channels, p['vectors'], y.stride(0), p['splits'], x.numel() // channels,
+            y, _sums(y, None, None), first, tail, gamma, beta, _eps(y, eps), mean, var, factor, shift, channels,
+            p['vectors'], y.stride(0), p['splits'], x.numel() // channels,
             N=branches, NB=power_of_two(branches), T=branches - made, ROWS=p['sums']['NB'], V=p['sums']['V'], BC=16,
         )  # fmt: skip
-        if lines is not None:
-            out = norm_dilated.add(lines, rest, y, factor, shift)
-            return [out, mean, var, y]
-        out = torch.empty_like(x)
-        branch_sum_kernel[(p['programs'],)](
-            y, factor, shift, out, channels, batch * channels, p['vectors'], y.stride(0), **p['planes']
-        )
-    return [out, mean, var, y]
+    return [orders.add(y, rest, factor, shift), mean, var, y, pack]
 
 
 @_norm_branches.register_fake
-def _(x, lines, weights, dilations, gammas, betas, eps):
+def _(x, weights, dilations, gammas, betas, eps):
     branches, channels = len(weights), x.shape[1]
     statistics = [x.new_empty((branches, channels), dtype=torch.float32) for _ in range(2)]
-    small = _small(x, weights, dilations)
-    kept = norm_small.kept(x, weights, dilations) if small else [x.new_empty((_made(weights, lines), *x.shape))]
-    return [_like(x, lines), *statistics, *kept]
-
-
-def _like(x: Tensor, lines: Optional[Tensor]) -> Tensor:
-    """Room for a map, in the order that the operator gives."""
-    return x.new_empty(x.shape) if lines is None else torch.empty_like(lines, memory_format=torch.channels_last)
+    if _small(x, weights, dilations):
+        kept = norm_small.kept(x, weights, dilations)
+    else:
+        pack = x.new_empty((_packed_size(weights),), dtype=torch.float32)
+        kept = [x.new_empty((_made(weights), *x.shape)), pack]
+    return [torch.empty_like(x, memory_format=torch.channels_last), *statistics, *kept]
 
 
 @torch.library.custom_op('mmoverlock::depthwise_conv2d_norm_branches_backward', mutates_args=())
 def _gradients(
-    grad: Tensor, grad_lines: Optional[Tensor], x: Tensor, lines: Optional[Tensor], kept: List[Tensor], mean: Tensor,
-    var: Tensor, weights: List[Tensor], dilations: List[int], gammas: List[Tensor], betas: List[Tensor],
-    eps: List[float], input_grad: bool,
+    grad: Tensor, x: Tensor, kept: List[Tensor], mean: Tensor, var: Tensor, weights: List[Tensor],
+    dilations: List[int], eps: List[float], input_grad: bool,
 ) -> List[Tensor]:  # fmt: skip
     """Gradients of the weights; of gammas and betas, (2, n, C) in float32; and at last that of the map if wanted.
 
     Those of the weights are one tensor each; but (T, 9, C) for those of ``norm_dilated``, and on small maps one for all
-    of them, one after another, in float32. ``grad_lines`` is ``grad`` as ``lines`` is ``x``.
+    of them, one after another, in float32. Maps are channels-last.
     """
-    grad, x = grad.contiguous(), x.contiguous()
+    grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
     if _small(x, weights, dilations):
-        return norm_small.backward(grad, x, kept, mean, var, weights, dilations, eps, input_grad)
+        grad, x = orders.planes(grad, x)
+        found = norm_small.backward(grad, x, kept, mean, var, weights, dilations, eps, input_grad)
+        return [*found[:-1], orders.add(found[-1][None])] if input_grad else found
     from .norm_kernels import branch_grad_kernel, branch_slopes_kernel
 
-    (y,) = kept
-    (batch, channels, *_), branches, made = x.shape, len(weights), _made(weights, lines)
+    y, pack = kept
+    (batch, channels, *_), branches, made = x.shape, len(weights), _made(weights)
     p = plan(x.shape, made)
     slopes = x.new_empty((3, branches, channels), dtype=torch.float32)
     dnorms = x.new_empty((2, branches, channels), dtype=torch.float32)
-    dx, tail = torch.empty_like(x) if input_grad else None, None
-    if lines is not None:
-        lines, grad_lines = (t.contiguous(memory_format=torch.channels_last) for t in (lines, grad_lines))
-        packed, steps = norm_dilated.pack(weights[made:]), dilations[made:]
+    rest, tail, steps, bands = None, None, dilations[made:], [None] * made
+    dense, dilated, gamma, _ = _unpacked(pack, weights, made)
+    sizes = _sizes(weights)[:made]
     with on(x.device), Lanes(x.device, 1) as lanes:
-        if lines is not None:
+        if made < branches:
             with lanes.lane(0):
-                rest, tail, _ = norm_dilated.maps(lines, packed, steps, grad_lines, mean[made:])
-        sums = _sums(y, grad, mean)
+                rest, tail, _ = norm_dilated.maps(x, dilated, steps, grad, mean[made:])
+        if input_grad:
+            bands = _launch_bands(x, dense, sizes, dilations, True)
+        dout, planes = orders.planes(grad, x)
+        sums = _sums(y, dout, mean)
         lanes.wait_for(0)
         branch_slopes_kernel[(-(-channels // 16),)](
-            sums, tail, mean, var, torch.stack(gammas), _eps(y, eps), slopes, dnorms[0], dnorms[1], channels,
+            sums, tail, mean, var, gamma, _eps(y, eps), slopes, dnorms[0], dnorms[1], channels,
             p['splits'], x.numel() // channels,
             N=branches, NB=power_of_two(branches), T=branches - made, ROWS=p['sums']['NB'], BC=16,
         )  # fmt: skip
     # A few branches at a time: the gradients of all maps at once would be the peak of the network's memory.
-    found = []
+    found, dx = [], torch.empty_like(planes) if input_grad else None
     with on(x.device), Lanes(x.device, 3) as lanes:
-        if lines is not None:
+        if made < branches:
             with lanes.lane(made):
                 lanes.keep(rest)  # of another lane, which may write over it once it is nobody's
-                rest, taps = norm_dilated.gradients(grad_lines, lines, rest, packed, slopes, steps)
-        for n, (weight, dilation) in enumerate(zip(weights[:made], dilations)):
+                rest, taps = norm_dilated.gradients(grad, x, rest, dilated, slopes, steps)
+        for n, (band, size, dilation) in enumerate(zip(bands, sizes, dilations)):
             with lanes.lane(n):
-                dy = torch.empty_like(x)
+                dy = torch.empty_like(planes)
                 branch_grad_kernel[(p['programs'],)](
-                    grad, y[n], slopes[0, n], dy, channels, batch * channels, p['vectors'], FAR=slopes.stride(0),
+                    dout, y[n], slopes[0, n], dy, channels, batch * channels, p['vectors'], FAR=slopes.stride(0),
                     **p['planes'],
                 )  # fmt: skip
-                band = _launch_band(dy, weight, dilation, True) if input_grad else None
             if input_grad:
                 lanes.wait_for(n)
-                _launch_product(dy, band, weight, None, dilation, dx, add=n > 0)
+                _launch_product(dy, band, size, dilation, dx, add=n > 0)
             with lanes.lane(n):
-                found.append(_launch_weight_grad(dy, x, weight.shape[-1], dilation).to(weight.dtype))
-                del dy, band  # what the lane makes next may be in their place
+                found.append(_launch_weight_grad(dy, planes, size, dilation).to(weights[n].dtype))
+                del dy  # what the lane makes next may be in its place
             lanes.hold(n)
-    if lines is not None:
+    if made < branches:
         found.append(taps)
-        dx = norm_dilated.add(lines, rest, dx[None]) if input_grad else None
-    return [*found, dnorms, dx] if input_grad else [*found, dnorms]
+    return [*found, dnorms, orders.add(dx[None], rest)] if input_grad else [*found, dnorms]
 
 
 @_gradients.register_fake
-def _(grad, grad_lines, x, lines, kept, mean, var, weights, dilations, gammas, betas, eps, input_grad):
-    channels, made = x.shape[1], _made(weights, lines)
+def _(grad, x, kept, mean, var, weights, dilations, eps, input_grad):
+    channels, made = x.shape[1], _made(weights)
     if _small(x, weights, dilations):
         found = [x.new_empty((sum(w.numel() for w in weights),), dtype=torch.float32)]
     else:
         found = [w.new_empty(w.shape) for w in weights[:made]]
-    if made < len(weights):
-        found.append(x.new_empty((len(weights) - made, 9, channels), dtype=torch.float32))
+        if made < len(weights):
+            found.append(x.new_empty((len(weights) - made, 9, channels), dtype=torch.float32))
     found.append(x.new_empty((2, len(weights), channels), dtype=torch.float32))
-    return [*found, _like(x, lines)] if input_grad else found
+    return [*found, torch.empty_like(x, memory_format=torch.channels_last)] if input_grad else found
 
 
 def _save(ctx, inputs, output) -> None:
-    x, lines, weights, dilations, gammas, betas, eps = inputs
+    x, weights, dilations, gammas, betas, eps = inputs
     _, mean, var, *kept = output
     ctx.set_materialize_grads(False)
-    # Of a map in two orders one is kept: to copy it anew takes less than its memory is worth.
-    given = x if lines is None else lines
-    ctx.save_for_backward(given, mean, var, *weights, *gammas, *betas, *kept)
-    ctx.dilations, ctx.eps, ctx.lines = dilations, eps, lines is not None
-    ctx.input_grad = given.requires_grad
+    ctx.save_for_backward(x, mean, var, *weights, *gammas, *betas, *kept)
+    ctx.dilations, ctx.eps = dilations, eps
+    ctx.input_grad = x.requires_grad
 
 
 def _backward(ctx, grads: List[Optional[Tensor]]):
-    given, mean, var, *parameters = ctx.saved_tensors
+    x, mean, var, *parameters = ctx.saved_tensors
     count = len(ctx.dilations)
     parameters, kept = parameters[: 3 * count], parameters[3 * count :]
     weights, gammas, betas = (parameters[i * count : (i + 1) * count] for i in range(3))
     if differentiated_again():
-        out, _, _ = norm_branches_reference(given, weights, ctx.dilations, gammas, betas, ctx.eps)
-        dx, *rest = definition_gradients(out, (given, *parameters), grads[0])
+        out, _, _ = norm_branches_reference(x, weights, ctx.dilations, gammas, betas, ctx.eps)
+        dx, *rest = definition_gradients(out, (x, *parameters), grads[0])
     else:
-        # The layouts are chosen here, where torch.compile can make them part of what computes the gradient.
-        grad, x = grads[0].contiguous(), given.contiguous()
-        grad_lines = grads[0].contiguous(memory_format=torch.channels_last) if ctx.lines else None
+        # The order is chosen here, where torch.compile can make it part of what computes the gradient.
+        grad = grads[0].contiguous(memory_format=torch.channels_last)
         *rest, last = torch.ops.mmoverlock.depthwise_conv2d_norm_branches_backward(
-            grad, grad_lines, x, given if ctx.lines else None, kept, mean, var, weights, ctx.dilations, gammas, betas,
-            ctx.eps, ctx.input_grad,
-        )  # fmt: skip
+            grad, x, kept, mean, var, weights, ctx.dilations, ctx.eps, ctx.input_grad
+        )
         dx, dnorms = (last, rest.pop()) if ctx.input_grad else (None, last)
-        if ctx.lines:
-            rest[-1:] = rest[-1].transpose(1, 2).contiguous().unbind()
-        elif _small(x, weights, ctx.dilations):
+        if _small(x, weights, ctx.dilations):
             rest = rest[0].split([w.numel() for w in weights])
+        elif _made(weights) < count:
+            rest[-1:] = rest[-1].transpose(1, 2).contiguous().unbind()
         rest = [part.reshape(w.shape).to(w.dtype) for part, w in zip(rest, weights)]
         rest += [g.to(t.dtype) for g, t in zip(dnorms.flatten(0, 1), (*gammas, *betas))]
-    dx = (None, dx) if ctx.lines else (dx, None)
-    return *dx, rest[:count], None, rest[count : 2 * count], rest[2 * count :], None
+    return dx, rest[:count], None, rest[count : 2 * count], rest[2 * count :], None
 
 
 _norm_branches.register_autograd(_backward, setup_context=_save)

@@ -26,15 +26,12 @@ class Tuning:
         tile (int): Groups of columns times channels of a program: with ``warps``, two channels a thread.
         warps (int): Warps a program.
         programs (int): Programs to aim at, by sharing the phases out and, if that is too few, cutting them.
-        pixels, channels (int): Of a tile of the sum.
     """
 
     columns: int = 4
     tile: int = 256
     warps: int = 4
     programs: int = 1056
-    pixels: int = 64
-    channels: int = 32
 
 
 TUNING = Tuning()
@@ -70,11 +67,6 @@ def plan(shape, dilations: Tuple[int, ...], tuning: Tuning) -> Tuple[Tuple[int, 
     return sizes, constants, branches * blocks * parts, parts
 
 
-def pack(weights: Sequence[Tensor]) -> Tensor:
-    """The weights one after another."""
-    return torch.cat([w.reshape(-1) for w in weights])
-
-
 def maps(
     x: Tensor,
     packed: Tensor,
@@ -89,7 +81,7 @@ def maps(
 
     Args:
         x, grad (Tensor): (B, C, H, W), channels-last.
-        packed (Tensor): See :func:`pack`.
+        packed (Tensor): The branches' weights, one after another.
         dilations (Sequence[int]): Of the T branches.
         mean (Tensor): (T, C).
     """
@@ -117,7 +109,7 @@ def gradients(
     Args:
         grad, x (Tensor): (B, C, H, W), channels-last.
         y (Tensor): (T, B, H, W, C), the branches' maps.
-        packed (Tensor): See :func:`pack`.
+        packed (Tensor): The branches' weights, one after another.
         slopes (Tensor): (3, N, C): what the output's gradient, a branch's map and one are multiplied by.
         dilations (Sequence[int]): Of the T branches.
     """
@@ -132,31 +124,3 @@ def gradients(
             grad, x, y, packed, slopes, out, shares, *sizes, y.stride(0) // constants['V'], slopes.shape[1], **constants
         )
     return out, add_up(shares)[0]
-
-
-def add(
-    x: Tensor, lines: Tensor, planes: Tensor, factor: Optional[Tensor] = None, shift: Optional[Tensor] = None
-) -> Tensor:
-    """The sum of maps in both orders, channels-last like ``x``.
-
-    Args:
-        x (Tensor): (B, C, H, W), what the sum is to be like.
-        lines (Tensor): (T, B, H, W, C).
-        planes (Tensor): (M, B, C, H, W), contiguous.
-        factor (Tensor, optional): (M + T, C), what the planes and then the lines are multiplied by.
-        shift (Tensor, optional): (C,), what all together are shifted by.
-    """
-    from .norm_dilated_kernels import dilated_sum_kernel
-
-    (batch, channels), pixels = x.shape[:2], x.shape[2] * x.shape[3]
-    row, column = (next(v for v in (8, 4, 2, 1) if n % v == 0) for n in (channels, pixels))
-    across = min(TUNING.channels, power_of_two(channels))
-    tiles, blocks = cdiv(pixels, TUNING.pixels), cdiv(channels, across)
-    out, scaled = torch.empty_like(x), factor is not None
-    sizes = (channels // row, pixels // column, tiles, x.numel() // (row * column))
-    with on(x.device):
-        dilated_sum_kernel[(batch * tiles * blocks,)](
-            lines, planes, factor if scaled else lines, shift if scaled else lines, out, *sizes, V=row, VP=column,
-            BP=TUNING.pixels, BC=across, T=len(lines), M=len(planes), SCALED=scaled, num_warps=TUNING.warps,
-        )  # fmt: skip
-    return out

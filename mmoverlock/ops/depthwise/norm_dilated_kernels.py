@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .small_kernels import _add_row, _backward_row, _fetch, _floats, _given, _load, _masks, _taps
 
-_SIZES = ('C', 'H', 'W', 'ROWS', 'SHARES', 'LANES', 'FAR', 'BRANCHES', 'D0', 'D1', 'D2', 'D3', 'HWV', 'TILES')
+_SIZES = ('C', 'H', 'W', 'ROWS', 'SHARES', 'LANES', 'FAR', 'BRANCHES', 'D0', 'D1', 'D2', 'D3')
 
 
 @triton.jit
@@ -228,42 +228,3 @@ def dilated_backward_kernel(
     place = shares + (part.to(tl.int64) * T + n) * 9 * C + c
     for m in tl.static_range(9):
         tl.store(place + m * C, tl.sum(found[m], 0), mask=known)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def dilated_sum_kernel(
-    lines, planes, factor, shift, out, C, HWV, TILES, FAR,
-    V: tl.constexpr, VP: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr, T: tl.constexpr, M: tl.constexpr,
-    SCALED: tl.constexpr,
-):  # fmt: skip
-    """out[B, H, W, C], the sum of planes[M, B, C, H, W] and lines[T, B, H, W, C], both FAR apart.
-
-    SCALED: shift + the sum of factor times them, of factor[M + T, C]. C counts vectors of V channels, HWV of VP pixels,
-    FAR of both. A program takes BP pixels, of which an image has TILES times as many, and BC channels.
-    """
-    C, HW, far = C * V, HWV * VP, FAR.to(tl.int64) * (V * VP)
-    blocks = tl.cdiv(C, BC)
-    pid = tl.program_id(0)
-    c = pid % blocks * BC + tl.arange(0, BC)
-    pid = pid // blocks
-    pixel = pid % TILES * BP + tl.arange(0, BP)
-    start = (pid // TILES).to(tl.int64) * HW * C
-    known = c < C
-    mask = (pixel < HW)[:, None] & known[None, :]
-    turned = start + (c * HW)[None, :] + pixel[:, None]
-    at = start + (pixel * C)[:, None] + c[None, :]
-    made = tl.zeros((BP, BC), tl.float32)
-    for m in tl.static_range(M):
-        value = tl.load(planes + m * far + turned, mask=mask, other=0.0).to(tl.float32)
-        if SCALED:
-            value *= tl.load(factor + m * C + c, mask=known, other=0.0)[None, :]
-        made += value
-    total = tl.zeros((BP, BC), tl.float32)
-    if SCALED:
-        total += tl.load(shift + c, mask=known, other=0.0)[None, :]
-    for n in tl.static_range(T):
-        value = tl.load(lines + n * far + at, mask=mask, other=0.0).to(tl.float32)
-        if SCALED:
-            value *= tl.load(factor + (M + n) * C + c, mask=known, other=0.0)[None, :]
-        total += value
-    tl.store(out + at, (total + made).to(out.dtype.element_ty), mask=mask)

@@ -117,21 +117,6 @@ def _planes(C, PLANES, HW, BX: tl.constexpr, PX: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def branch_sum_kernel(
-    y, factor, shift, out, C, PLANES, HWV, FAR,
-    N: tl.constexpr, V: tl.constexpr, BX: tl.constexpr, PX: tl.constexpr,
-):  # fmt: skip
-    """out = shift + sum of factor y over the branches."""
-    at, c, inside = _planes(C, PLANES, HWV * V, BX, PX)
-    acc = tl.load(shift + c, mask=inside, other=0.0)
-    far = FAR.to(tl.int64)
-    for n in tl.static_range(N):
-        value = tl.load(y + n * far + at, mask=inside, other=0.0).to(tl.float32)
-        acc += tl.load(factor + n * C + c, mask=inside, other=0.0) * value
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=_SIZES)
 def branch_slopes_kernel(
     sums, tail, mean, var, gamma, eps, slopes, dgamma, dbeta, C, SPLITS, COUNT,
     N: tl.constexpr, NB: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, BC: tl.constexpr,

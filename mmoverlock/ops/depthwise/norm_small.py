@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..triton_common import HALF, on, power_of_two
-from .triton import _launch_conv, _launch_weight_grad
+from .triton import _launch_conv, _launch_weight_grad, launch_bands
 
 _MOST = 16  # rows and columns of a map, and of the window: matrices over the pixels grow with the fourth power
 _BRANCHES = 8
@@ -46,7 +46,7 @@ def plan(shape, sizes: Tuple[int, ...], dilations: Tuple[int, ...], eps: Tuple[f
         moments=dict(N=len(sizes), BU=32, num_warps=1),
         statistics=dict(**count, EPS=eps),
         slopes=dict(**count, **kernels, EPS=eps, VW=vector, BB=16),
-        matrices=dict(BD=4, num_warps=1),
+        matrices=dict(BD=4, num_warps=1, num_stages=1),
         product=dict(VW=vector, BM=images, BN=128, BK=32, num_stages=4),
     )
 
@@ -104,7 +104,6 @@ def backward(
 ) -> List[Tensor]:  # fmt: skip
     """Gradients of all weights one after another; of gammas and betas, (2, n, C); of the map if wanted."""
     from .norm_small_kernels import input_grad_kernel, matrices_kernel, slopes_kernel
-    from .triton_kernels import depthwise_band_kernel
 
     pack, dense, merged, moments, sums = saved
     batch, channels, height, width = x.shape
@@ -123,13 +122,10 @@ def backward(
         if not input_grad:
             return [dweights, dnorms]
         dx, own = torch.empty_like(x), x.new_empty((channels, height * 16, 256))
-        matrices_kernel[(channels * -(-(2 * height - 1) // p['matrices']['BD']),)](
+        matrices_kernel[(channels * -(-height // p['matrices']['BD']),)](
             left, right, own, height, width, side, **p['matrices']
         )
-        band = x.new_empty((channels, side, 16, 16))
-        depthwise_band_kernel[(-(-band.numel() // 1024),)](
-            merged, band, side, 1, -(side // 2), band.numel(), BU=16, BN=16, FLIP=True, BLOCK=1024
-        )
+        (band,) = launch_bands(x, merged, [(side, 1, -(side // 2), 16, 16)], True)
         tiles = -(-height * 16 // p['product']['BN']) * -(-batch // p['product']['BM'])
         input_grad_kernel[(channels * tiles,)](
             x, grad, own, band, scale, rest, dx, batch, channels, height, p['vectors'], side, **p['product']

@@ -284,13 +284,16 @@ def slopes_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def matrices_kernel(left, right, own, H, W, K, BD: tl.constexpr):
-    """own[c, r, s] / scale where s1 - r1 is one of BD numbers following each other."""
+    """own[c, r, s] / scale where s1 - r1 is one of BD numbers following each other, and own[c, s, r], the same.
+
+    Of the two one is computed, so no distance is negative.
+    """
     P = K // 2
     pid = tl.program_id(0)
-    groups = tl.cdiv(2 * H - 1, BD)
+    groups = tl.cdiv(H, BD)
     c = pid // groups
     j = tl.arange(0, BD * 16)
-    delta = pid % groups * BD - (H - 1) + j // 16
+    delta = pid % groups * BD + j // 16
     r2 = tl.arange(0, 16)
     # The product runs over the columns p2 = 15 - k // 8 of p and the branches: a row of it is one piece of ``left``,
     # a column one of ``right``.
@@ -298,7 +301,9 @@ def matrices_kernel(left, right, own, H, W, K, BD: tl.constexpr):
     a_at = left + c * (K * 512) + r2[:, None] * 8 + k[None, :]
     b_at = right + c * (K * 256) + (delta * 256 + j % 16 * 8)[:, None] + k[None, :]
     inside = (15 - k // 8 < W)[None, :]
-    at = own + c.to(tl.int64) * H * 4096 + r2[:, None] * 256 + (delta * 16 + j % 16)[None, :]
+    own += c.to(tl.int64) * H * 4096
+    at = own + r2[:, None] * 256 + (delta * 16 + j % 16)[None, :]
+    across = own + (delta * 4096 + j % 16 * 256)[:, None] + r2[None, :]
     # Row r1 is made of the rows t1 of taps for which r1 - t1 is in the map: from row to row one comes, one goes.
     acc = tl.zeros((16, BD * 16), dtype=tl.float32)
     for r1 in range(-tl.minimum(P, H - 1), H):
@@ -317,7 +322,9 @@ def matrices_kernel(left, right, own, H, W, K, BD: tl.constexpr):
             b = tl.load(b_at + t1 * 256, mask=_within(t1 + delta, K)[:, None], other=0.0)
             acc = tl.dot(a, tl.trans(b), acc)
         there = (r1 >= 0) & _within(r1 + delta, H)
-        tl.store(at + r1 * 4112, acc.to(own.dtype.element_ty), mask=there[None, :])
+        found = acc.to(own.dtype.element_ty)
+        tl.store(at + r1 * 4112, found, mask=there[None, :])
+        tl.store(across + r1 * 4112, tl.trans(found), mask=(there & (delta > 0))[:, None])
 
 
 @triton.jit(do_not_specialize=_SIZES)

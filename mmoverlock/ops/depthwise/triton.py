@@ -32,20 +32,24 @@ class Tuning:
     """Launch parameters, measured on an H200 with tools/analysis/benchmark_depthwise.py.
 
     Args:
-        area (int): Pixels of an output tile: columns of the matrix product.
+        areas (tuple[int, ...]): Pixels of an output tile, columns of the matrix product: what to choose from, the
+            first if both are as good.
         tiles (int): Tiles a program of the convolution: rows of the product.
         depth (int): Pixels of the window that the product runs over at a time.
+        whole (tuple[int, int]): Tiles and depth where a window is as wide as the map, 9 to 32 columns.
         warps (int): Warps a program.
         stages (int): Loads in flight.
         vector (int): Bytes a load takes at most.
         grad_area, grad_depth, grad_tiles, grad_warps, grad_stages (int): The same of the weight gradient: pixels of
             an output tile, pixels of the window a program, tiles at a time, warps, stages.
         grad_programs (int): Programs of the weight gradient to aim at, by splitting the tiles.
+        grad_few (tuple): Area, depth and tiles of it for few images (fewer than 32) of up to so many pixels together.
     """
 
-    area: int = 128
+    areas: Tuple[int, ...] = (128, 64)
     tiles: int = 128
     depth: int = 64
+    whole: Tuple[int, int] = (64, 32)
     warps: int = 4
     stages: int = 3
     vector: int = 16
@@ -55,6 +59,7 @@ class Tuning:
     grad_warps: int = 4
     grad_stages: int = 4
     grad_programs: int = 528
+    grad_few: Tuple[Tuple[int, int, int, int], ...] = ((8192, 32, 64, 32), (65536, 64, 128, 32))
 
 
 TUNING = Tuning()
@@ -161,6 +166,8 @@ class _Plan:
         together = 1
         if batch * count < min(64, lanes):
             together = min(strips, dilation * max(1, lanes // (batch * count * dilation)))
+            # Groups of about the same size.
+            together = dilation * -(-strips // (dilation * -(-strips // together)))
         return cls(
             dilation, left - reach, (vector, row), (down, across), (window, columns), (up, left), strips, count,
             together, batch * count * together, flat,
@@ -169,6 +176,16 @@ class _Plan:
     @property
     def groups(self) -> int:
         return -(-self.strips // self.together)
+
+    def rows(self, tiles: int) -> int:
+        """Tiles of a program, BM, of which there are ``tiles`` at most."""
+        return min(tiles, max(16, power_of_two(self.lanes)))
+
+    def filled(self, shape, tiles: int) -> Tuple[bool, float]:
+        """How well the products are used: whether they have rows for the largest instruction; share of real pixels."""
+        rows = self.rows(tiles)
+        programs = self.groups * -(-self.lanes // rows)
+        return rows >= 64, shape[0] * shape[2] * shape[3] / (programs * rows * math.prod(self.tile))
 
     def columns(self, width: int) -> Tuple[int, int]:
         """Columns of a window and of a tile of the gradient, as they are counted in a map of this width."""
@@ -197,7 +214,7 @@ class _Plan:
             num_stages=stages,
             V=self.vectors[0],
             VO=self.vectors[1],
-            BM=min(tiles, max(16, power_of_two(self.lanes))),
+            BM=self.rows(tiles),
             HS=self.tile[0],
             BN=self.tile[1],
             BU=self.window[1],
@@ -220,18 +237,25 @@ def grad_launch(x: Tensor, size: int, dilation: int) -> Tuple[_Plan, dict]:
 # A network has few sizes, and calls come by the hundred a step: planning each anew would take longer than the kernels.
 @lru_cache(maxsize=1024)
 def _forward_launch(shape, dtype: torch.dtype, size: int, dilation: int, tuning: Tuning) -> Tuple[_Plan, dict]:
-    plan = _Plan.of(shape, dtype, size, dilation, tuning.area, tuning.tiles)
-    constants = plan.constants(dtype, tuning.tiles, tuning.stages)
-    depth = min(tuning.depth, max(16, power_of_two(plan.length(shape[3]))))
+    plans = [_Plan.of(shape, dtype, size, dilation, area, tuning.tiles) for area in tuning.areas]
+    plan = max(plans, key=lambda plan: plan.filled(shape, tuning.tiles))
+    whole = plan.before[1] == 0 and 8 < plan.window[1] <= 32
+    tiles, depth = tuning.whole if whole else (tuning.tiles, tuning.depth)
+    constants = plan.constants(dtype, tiles, tuning.stages)
+    depth = min(depth, max(16, power_of_two(plan.length(shape[3]))))
     return plan, dict(constants, BK=depth if plan.flat else max(depth, plan.window[1]), num_warps=tuning.warps)
 
 
 @lru_cache(maxsize=1024)
 def _grad_launch(shape, dtype: torch.dtype, size: int, dilation: int, tuning: Tuning) -> Tuple[_Plan, dict]:
-    tiles = tuning.grad_tiles if dtype in HALF else tuning.grad_tiles // 2
-    plan, width = _Plan.of(shape, dtype, size, dilation, tuning.grad_area, tiles), shape[3]
+    batch, _, height, width = shape
+    area, depth, tiles = tuning.grad_area, tuning.grad_depth, tuning.grad_tiles
+    if batch < 32:
+        area, depth, tiles = next((t for n, *t in tuning.grad_few if batch * height * width <= n), (area, depth, tiles))
+    tiles = tiles if dtype in HALF else tiles // 2
+    plan = _Plan.of(shape, dtype, size, dilation, area, tiles)
     constants = plan.constants(dtype, tiles, tuning.grad_stages)
-    depth = min(tuning.grad_depth, max(16, power_of_two(plan.length(width))))
+    depth = min(depth, max(16, power_of_two(plan.length(width))))
     pixels = max(16, power_of_two(plan.tile[0] * plan.columns(width)[1]))
     return plan, dict(constants, BK=depth, NP=pixels, num_warps=tuning.grad_warps)
 
@@ -247,33 +271,46 @@ def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, flip
 
 def _launch_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, flip: bool, out: Tensor, add=False):
     """Writes the convolution of a contiguous map to ``out``, or adds it."""
-    _launch_product(x, _launch_band(x, weight, dilation, flip), weight, bias, dilation, out, add)
+    size = weight.shape[-1]
+    (band,) = _launch_bands(x, weight.contiguous(), [size], [dilation], flip)
+    _launch_product(x, band, size, dilation, out, bias, add)
 
 
-def _launch_band(x: Tensor, weight: Tensor, dilation: int, flip: bool) -> Tensor:
-    """The kernel as the matrix that windows of ``x`` are multiplied with."""
+def _launch_bands(
+    x: Tensor, weights: Tensor, sizes: Sequence[int], dilations: Sequence[int], flip: bool
+) -> List[Tensor]:
+    """Kernels as the matrices that windows of ``x`` are multiplied with; ``weights`` one after another in memory."""
+    plans = [forward_launch(x, size, dilation)[0] for size, dilation in zip(sizes, dilations)]
+    specs = [(k, p.dilation, p.reach, p.window[1], p.tile[1]) for k, p in zip(sizes, plans)]
+    return launch_bands(x, weights, specs, flip)
+
+
+def launch_bands(x: Tensor, weights: Tensor, specs: Sequence[Tuple[int, ...]], flip: bool) -> List[Tensor]:
+    """As ``depthwise_band_kernel``, in the type of ``x``: (C, K, BU, BN) of every spec, (K, DIL, REACH, BU, BN)."""
     from .triton_kernels import depthwise_band_kernel
 
-    size = weight.shape[-1]
-    plan, _ = forward_launch(x, size, dilation)
-    band = x.new_empty((x.shape[1], size, plan.window[1], plan.tile[1]))
+    channels = x.shape[1]
+    shapes = [(channels, size, columns, across) for size, _, _, columns, across in specs]
+    counts = [math.prod(shape) for shape in shapes]
+    bands = x.new_empty((sum(counts),))
     with on(x.device):
-        depthwise_band_kernel[(-(-band.numel() // 1024),)](
-            weight.contiguous(), band, size, dilation, plan.reach, band.numel(),
-            BU=plan.window[1], BN=plan.tile[1], FLIP=flip, BLOCK=1024,
-        )  # fmt: skip
-    return band
+        depthwise_band_kernel[(sum(-(-count // 1024) for count in counts),)](
+            weights, bands, channels, SPECS=tuple(specs), FLIP=flip, BLOCK=1024
+        )
+    return [band.view(shape) for band, shape in zip(bands.split(counts), shapes)]
 
 
-def _launch_product(x: Tensor, band: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, out: Tensor, add):
-    """The convolution, once the band is made; of ``weight`` only the size counts."""
+def _launch_product(
+    x: Tensor, band: Tensor, size: int, dilation: int, out: Tensor, bias: Optional[Tensor] = None, add: bool = False
+) -> None:
+    """The convolution, once the band is made."""
     from .triton_kernels import depthwise_forward_kernel
 
-    channels, size = x.shape[1], weight.shape[-1]
+    channels = x.shape[1]
     plan, constants = forward_launch(x, size, dilation)
     with on(x.device):
         depthwise_forward_kernel[(channels * plan.groups * -(-plan.lanes // constants['BM']),)](
-            x, band, weight if bias is None else bias, out, *plan.maps(x), *plan.sizes(size), **constants,
+            x, band, band if bias is None else bias, out, *plan.maps(x), *plan.sizes(size), **constants,
             BIAS=bias is not None, ADD=add,
         )  # fmt: skip
 

@@ -23,7 +23,7 @@ import triton.language as tl
 
 # Compiled once for all sizes of map and kernel: training on images of many sizes must not compile at every step.
 _SIZES = ('C', 'H', 'WV', 'HWV', 'K', 'DIL', 'R', 'UP', 'LEFTV', 'STRIPS', 'SW', 'L', 'LANES')
-_SIZES += ('SPLITS', 'PART', 'TOTAL', 'REACH', 'FU', 'FN', 'N')
+_SIZES += ('SPLITS', 'PART', 'REACH', 'FU', 'FN')
 
 
 @triton.jit
@@ -38,28 +38,45 @@ def _top(strip, DIL, HS: tl.constexpr):
     return strip % DIL + strip // DIL * (HS * DIL)
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def depthwise_band_kernel(
-    weight, band, K, DIL, REACH, TOTAL,
-    BU: tl.constexpr, BN: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def _write_band(
+    weight, band, block, total, K: tl.constexpr, DIL: tl.constexpr, REACH: tl.constexpr, BU: tl.constexpr,
+    BN: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes a kernel's rows on the diagonals: band[c, dy, u, w] = weight[c, dy, (u - w - REACH) / DIL].
-
-    FLIP turns the kernel by half a turn, which makes the convolution its own input gradient.
-    """
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    w = (index % BN).to(tl.int32)
-    u = (index // BN % BU).to(tl.int32)
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    w = index % BN
+    u = index // BN % BU
     row = index // (BN * BU)
     if FLIP:
         row = row // K * K + K - 1 - row % K
     tap = u - w - REACH
     dx = tap // DIL
-    mask = (index < TOTAL) & (tap >= 0) & (tap % DIL == 0) & (dx < K)
+    mask = (index < total) & (tap >= 0) & (tap % DIL == 0) & (dx < K)
     if FLIP:
         dx = K - 1 - dx
     value = tl.load(weight + row * K + dx, mask=mask, other=0.0)
-    tl.store(band + index, value.to(band.dtype.element_ty), mask=index < TOTAL)
+    tl.store(band + index, value.to(band.dtype.element_ty), mask=index < total)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def depthwise_band_kernel(weights, bands, C, SPECS: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes rows of kernels on the diagonals: band[c, dy, u, w] = weight[c, dy, (u - w - REACH) / DIL].
+
+    Weights and bands of several kernels follow each other; SPECS says K, DIL, REACH, BU and BN of each. FLIP turns the
+    kernels by half a turn, which makes a convolution its own input gradient.
+    """
+    block = tl.program_id(0)
+    for m in tl.static_range(len(SPECS)):
+        total = C * (SPECS[m][0] * SPECS[m][3] * SPECS[m][4])
+        blocks = tl.cdiv(total, BLOCK)
+        if (block >= 0) & (block < blocks):
+            _write_band(
+                weights, bands, block, total, SPECS[m][0], SPECS[m][1], SPECS[m][2], SPECS[m][3], SPECS[m][4], FLIP,
+                BLOCK,
+            )  # fmt: skip
+        block -= blocks
+        weights += C * (SPECS[m][0] * SPECS[m][0])
+        bands += total
 
 
 @triton.jit(do_not_specialize=_SIZES)
