@@ -24,6 +24,16 @@ def test_sums_of_shares(shape):
     assert torch.equal(sums, add_up(shares))
 
 
+@pytest.mark.parametrize('shape, turn', [((1, 3, 11, 5), 9), ((2, 4, 18, 16), 9), ((1, 2, 4, 1), 9), ((1, 1, 7, 3), 3)])
+def test_sums_of_shares_turned(shape, turn):
+    """Whole groups of rows lie column by column, what is left over as it was."""
+    shares = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    rows, whole = shares.sum(1), shape[2] // turn * turn
+    groups = rows[:, :whole].unflatten(1, (-1, turn)).transpose(2, 3)
+    expected = torch.cat([groups.flatten(1), rows[:, whole:].flatten(1)], 1)
+    torch.testing.assert_close(add_up(shares, turn), expected)
+
+
 def conv_arguments(shape, dtype=torch.float32):
     generator = torch.Generator().manual_seed(shape[-1])
     x = torch.randn(shape, generator=generator)

@@ -180,8 +180,8 @@ def _gradients(
 ) -> List[Tensor]:  # fmt: skip
     """Gradients of the weights; of gammas and betas, (2, n, C) in float32; and at last that of the map if wanted.
 
-    Those of the weights are one tensor each; but (T, 9, C) for those of ``norm_dilated``, and on small maps one for all
-    of them, one after another, in float32. Maps are channels-last.
+    Those of the weights are one tensor each; but one in float32 for those of ``norm_dilated`` after one another, and on
+    small maps for all of them. Maps are channels-last.
     """
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
     if _small(x, weights, dilations):
@@ -246,7 +246,7 @@ def _(grad, x, kept, mean, var, weights, dilations, eps, input_grad):
     else:
         found = [w.new_empty(w.shape) for w in weights[:made]]
         if made < len(weights):
-            found.append(x.new_empty((len(weights) - made, 9, channels), dtype=torch.float32))
+            found.append(x.new_empty(((len(weights) - made) * 9 * channels,), dtype=torch.float32))
     found.append(x.new_empty((2, len(weights), channels), dtype=torch.float32))
     return [*found, torch.empty_like(x, memory_format=torch.channels_last)] if input_grad else found
 
@@ -275,10 +275,7 @@ def _backward(ctx, grads: List[Optional[Tensor]]):
             grad, x, kept, mean, var, weights, ctx.dilations, ctx.eps, ctx.input_grad
         )
         dx, dnorms = (last, rest.pop()) if ctx.input_grad else (None, last)
-        if _small(x, weights, ctx.dilations):
-            rest = rest[0].split([w.numel() for w in weights])
-        elif _made(weights) < count:
-            rest[-1:] = rest[-1].transpose(1, 2).contiguous().unbind()
+        rest[-1:] = rest[-1].flatten().split([w.numel() for w in weights[len(rest) - 1 :]])
         rest = [part.reshape(w.shape).to(w.dtype) for part, w in zip(rest, weights)]
         rest += [g.to(t.dtype) for g, t in zip(dnorms.flatten(0, 1), (*gammas, *betas))]
     return dx, rest[:count], None, rest[count : 2 * count], rest[2 * count :], None

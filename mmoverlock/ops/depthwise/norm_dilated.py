@@ -104,7 +104,9 @@ def maps(
 def gradients(
     grad: Tensor, x: Tensor, y: Tensor, packed: Tensor, slopes: Tensor, dilations: Sequence[int]
 ) -> Tuple[Tensor, Tensor]:
-    """What the branches add to the map's gradient, (T, B, H, W, C), and the taps' gradients, (T, 9, C) in float32.
+    """What the branches add to the map's gradient, (T, B, H, W, C), and the weights' gradients one after another.
+
+    The latter are float32.
 
     Args:
         grad, x (Tensor): (B, C, H, W), channels-last.
@@ -123,4 +125,4 @@ def gradients(
         dilated_backward_kernel[(programs,)](
             grad, x, y, packed, slopes, out, shares, *sizes, y.stride(0) // constants['V'], slopes.shape[1], **constants
         )
-    return out, add_up(shares)[0]
+    return out, add_up(shares.view(1, parts, 9 * branches, channels), 9)[0]

@@ -131,6 +131,11 @@ def launch_backward(
     return out, sums
 
 
+def add_up_taps(shares: Tensor) -> Tensor:
+    """Sums of the shares that :func:`launch_backward` gives: of the weight, in its order, of the bias, of the map's."""
+    return add_up(shares[None], 9)[0]
+
+
 @torch.library.custom_op('mmoverlock::depthwise_conv3x3', mutates_args=())
 def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
     """The convolution of a channels-last map."""
@@ -144,16 +149,16 @@ def _(x, weight, bias, residual):
 
 @torch.library.custom_op('mmoverlock::depthwise_conv3x3_backward', mutates_args=())
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, residual: bool) -> Tuple[Tensor, Tensor]:
-    """What :func:`launch_backward` gives, the shares added up."""
+    """Gradient of the map, and :func:`add_up_taps`."""
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
     dx, shares = launch_backward(grad, x, weight, residual)
-    return dx, add_up(shares[None])[0]
+    return dx, add_up_taps(shares)
 
 
 @_gradients.register_fake
 def _(grad, x, weight, residual):
     dx = torch.empty_like(x, memory_format=torch.channels_last)
-    return dx, x.new_empty((11, x.shape[1]), dtype=torch.float32)
+    return dx, x.new_empty((11 * x.shape[1],), dtype=torch.float32)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -170,8 +175,9 @@ def _backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
     # The layout is chosen here, where torch.compile can make it part of what computes the gradient.
     grad = grad.contiguous(memory_format=torch.channels_last)
     dx, taps = torch.ops.mmoverlock.depthwise_conv3x3_backward(grad, x, weight, ctx.residual)
-    dweight = taps[:9].t().to(weight.dtype).reshape(weight.shape)
-    return dx, dweight, None if bias is None else taps[9].to(bias.dtype), None
+    dweight, dbias, _ = taps.split((weight.numel(), len(weight), len(weight)))
+    dweight = dweight.to(weight.dtype).view(weight.shape)
+    return dx, dweight, None if bias is None else dbias.to(bias.dtype), None
 
 
 _conv.register_autograd(_backward, setup_context=_save)

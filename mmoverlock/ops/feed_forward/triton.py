@@ -11,7 +11,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..depthwise.small import launch_backward, launch_forward
+from ..depthwise.small import add_up_taps, launch_backward, launch_forward
 from ..sums import add_up
 from ..triton_common import (
     HALF,
@@ -112,6 +112,16 @@ def _fewer_shares(shares: Tensor) -> Tensor:
     return shares if shares.shape[1] < TUNING.shares else add_up(shares).unsqueeze(1)
 
 
+def _cast(dtype: torch.dtype, *weights: Tensor) -> List[Tensor]:
+    """The weights in this type, contiguous; copies of all are made in one launch."""
+    weights = [w.contiguous() for w in weights]
+    if all(w.dtype == dtype for w in weights):
+        return weights
+    copies = [torch.empty_like(w, dtype=dtype) for w in weights]
+    torch._foreach_copy_(copies, weights)
+    return copies
+
+
 @torch.library.custom_op('mmoverlock::feed_forward', mutates_args=())
 def _feed_forward(
     x: Tensor, weight1: Tensor, bias1: Tensor, dw_weight: Tensor, dw_bias: Tensor, gamma: Tensor, beta: Tensor,
@@ -121,7 +131,7 @@ def _feed_forward(
     from .triton_kernels import ffn_expand_kernel, ffn_project_kernel, grn_scale_kernel
 
     x = x.contiguous(memory_format=torch.channels_last)
-    weight1, weight2 = (w.to(x.dtype).contiguous() for w in (weight1, weight2))
+    weight1, weight2 = _cast(x.dtype, weight1, weight2)
     (batch, channels, height, width), hidden, channels_out = x.shape, weight1.shape[0], weight2.shape[0]
     pixels = height * width
     active = _channels_last(x, hidden)
@@ -174,13 +184,14 @@ def _gradients(
     beta: Tensor, weight2: Tensor, bias2: Tensor, given: Tensor, y: Tensor, scale: Tensor, norm: Tensor, eps: float,
     residual: bool, input_grad: bool,
 ) -> List[Tensor]:  # fmt: skip
-    """Gradients of both products' weights; of the 3x3's nine taps, its bias and the first bias, in rows; of gamma, beta
-    and the second bias, in a row; and at last that of x if it is wanted. What is not a weight is float32."""
+    """Gradients of both products' weights; of the 3x3's weight, its bias and the first bias, one after another; so of
+    gamma, beta and the second bias; and at last that of x if it is wanted. But for the first two they are float32."""
     from .triton_kernels import ffn_project_grad_kernel, grn_grad_kernel
 
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
     (batch, channels, height, width), hidden, channels_out = x.shape, weight1.shape[0], weight2.shape[0]
     pixels = height * width
+    half1, half2 = _cast(x.dtype, weight1, weight2)
 
     def rows(t: Tensor) -> Tensor:
         return t.permute(0, 2, 3, 1).reshape(batch * pixels, -1)
@@ -191,8 +202,7 @@ def _gradients(
         z, dz = torch.empty_like(y), torch.empty_like(y)
         sums = x.new_empty((batch, per_image, 2 * hidden + channels_out), dtype=torch.float32)
         ffn_project_grad_kernel[(batch * per_image * -(-hidden // tiles['BN']),)](
-            grad, weight2.to(x.dtype).contiguous(), y, scale, beta, z, dz, sums,
-            pixels, hidden // 8, channels_out // 8, **tiles,
+            grad, half2, y, scale, beta, z, dz, sums, pixels, hidden // 8, channels_out // 8, **tiles,
         )  # fmt: skip
         slope = x.new_empty((batch, hidden), dtype=torch.float32)
         with Lanes(x.device, 1) as lanes:  # weights' gradients, for which nothing waits, beside the rest
@@ -211,10 +221,10 @@ def _gradients(
             lanes.hold(0)
             with lanes.lane(0):
                 dweight1 = _product(rows(dgiven), rows(x), weight1)
-                found = [dweight1, dweight2, add_up(taps[None])[0], add_up(grads[None])[0]]
+                found = [dweight1, dweight2, add_up_taps(taps), add_up(grads[None])[0]]
             lanes.keep(taps, grads)
             if input_grad:
-                dx = torch.mm(rows(dgiven), weight1.to(x.dtype).view(hidden, channels))
+                dx = torch.mm(rows(dgiven), half1.view(hidden, channels))
                 found.append(dx.view(batch, height, width, channels).permute(0, 3, 1, 2))
     return found
 
@@ -222,7 +232,7 @@ def _gradients(
 @_gradients.register_fake
 def _(grad, x, weight1, bias1, dw_weight, dw_bias, gamma, beta, weight2, bias2, given, y, scale, norm, eps, residual,
       input_grad):  # fmt: skip
-    shapes = ((11, weight1.shape[0]), (2 * weight1.shape[0] + weight2.shape[0],))
+    shapes = ((11 * weight1.shape[0],), (2 * weight1.shape[0] + weight2.shape[0],))
     found = [w.new_empty(w.shape) for w in (weight1, weight2)]
     found += [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
     return [*found, _channels_last(x, x.shape[1])] if input_grad else found
@@ -248,7 +258,8 @@ def _backward(ctx, grads: List[Optional[Tensor]]) -> Tuple[Optional[Tensor], ...
         grad, *inputs, given, y, scale, norm, ctx.eps, ctx.residual, input_grad
     )
     hidden, out = inputs[1].shape[0], inputs[7].shape[0]
-    small = (taps[10], taps[:9].t(), taps[9], *row.split((hidden, hidden, out)))
+    dw_weight, dw_bias, bias1 = taps.split((9 * hidden, hidden, hidden))
+    small = (bias1, dw_weight, dw_bias, *row.split((hidden, hidden, out)))
     places = (2, 3, 4, 5, 6, 8)  # of biases, 3x3, gamma and beta among the inputs
     small = {n: g.to(inputs[n].dtype).reshape(inputs[n].shape) for n, g in zip(places, small)}
     return (dx[0] if dx else None, dweight1, *(small[n] for n in (2, 3, 4, 5, 6)), dweight2, small[8], *nothing)
