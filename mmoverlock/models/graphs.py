@@ -31,7 +31,8 @@ class Graphs:
         self._recordings: Dict[tuple, '_Recording'] = {}
         self._tensors: Optional[list] = None
         self._parameters: list = []
-        self._memory: tuple = ()
+        self._memory: list = []
+        self._trained: list = []  # which parameters were, in the last call in training
         self._failed = False
 
     def __deepcopy__(self, memo) -> 'Graphs':
@@ -54,17 +55,18 @@ class Graphs:
         network = self._network()
         if not self._takes(network, image):
             return self._function(image)
-        if self._tensors is None:  # going through a thousand modules at every call would take longer than a small batch
-            self._parameters = list(network.parameters())
-            self._tensors = [*self._parameters, *network.buffers()]
-        memory = [t.data_ptr() for t in self._tensors], [p.requires_grad for p in self._parameters]
-        if memory != self._memory:  # weights have moved, or others are frozen: recordings would use the old ones
-            self._memory = memory
-            self._recordings.clear()
-            self._seen.clear()  # where they move at every step, as sharded ones do, nothing is recorded
         autocast = torch.is_autocast_enabled('cuda') and torch.get_autocast_dtype('cuda')
         key = (image.shape, image.dtype, image.device, network.training, autocast, torch.is_inference_mode_enabled())
         recording = self._recordings.get(key)
+        if recording is not None and not network.training:
+            # To look first whether a thousand tensors are where they were would delay one picture by a tenth. A pass
+            # of evaluation that turns out to be of old weights has changed nothing.
+            maps = recording(image)
+            if not self._moved(network):
+                return maps
+            recording = None
+        elif self._moved(network):
+            recording = None
         if recording is None:
             seen = self._seen[key] = self._seen.get(key, 0) + 1
             if seen <= _AFTER or len(self._recordings) >= _MOST or any(map(_is_synced, network.modules())):
@@ -76,6 +78,20 @@ class Graphs:
                 warnings.warn(f'OverLoCK(cuda_graphs=True) goes on without recordings: {error}', stacklevel=2)
                 return self._function(image)
         return recording(image)
+
+    def _moved(self, network: nn.Module) -> bool:
+        """Whether weights have moved in memory, or others are frozen: recordings would use the old ones, and go."""
+        if self._tensors is None:  # going through a thousand modules at every call would take longer than a small batch
+            self._parameters = list(network.parameters())
+            self._tensors = [*self._parameters, *network.buffers()]
+        memory = [t.data_ptr() for t in self._tensors]
+        trained = [p.requires_grad for p in self._parameters] if network.training else self._trained
+        if memory == self._memory and trained == self._trained:
+            return False
+        self._memory, self._trained = memory, trained
+        self._recordings.clear()
+        self._seen.clear()  # where they move at every step, as sharded ones do, nothing is recorded
+        return True
 
     def _takes(self, network: nn.Module, image: Tensor) -> bool:
         """Whether the call may be recorded at all."""
@@ -103,6 +119,8 @@ class _Recording:
         named = {n: p for n, p in network.named_parameters() if p.requires_grad} if network.training else {}
         self.parameters = list(named.values())
         self.calls = 0
+        # What the recording reads stays in memory as long as it does, whatever becomes of the network's own.
+        self.held = [t.detach() for t in (*network.parameters(), *network.buffers())]
         # The recording differentiates by stand-ins in the same memory. The parameters themselves may still be leaves of
         # an earlier step's graph, whose stream the gradients would have to wait for, which no recording may.
         self.leaves = {f'network.{n}': nn.Parameter(p.detach()) for n, p in named.items()}

@@ -121,6 +121,16 @@ class LayerNorm2d(nn.LayerNorm):
         return x if keep else x.contiguous()
 
 
+class OutputNorm(LayerNorm2d):
+    """The same before a map leaves the network, which maps do in contiguous (NCHW) order.
+
+    mmcv's RoIAlign and its kind read a map as NCHW without asking.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).contiguous()
+
+
 class GRN(nn.Module):
     """Global response normalisation of ConvNeXt V2, on a (B, C, H, W) map.
 

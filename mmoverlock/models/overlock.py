@@ -27,7 +27,7 @@ from ..ops.autocast import autocast_written_in, no_autocast
 from ..registry import MODELS
 from .blocks import BaseBlock, FocusBlock, init_weights, merge_large_kernels, switch_to_deploy
 from .graphs import Graphs
-from .layers import BRANCHES, ConvNorm, LayerNorm2d, LayerScale, resize
+from .layers import BRANCHES, ConvNorm, LayerNorm2d, LayerScale, OutputNorm, resize
 
 #: The variants of the paper. ``depths`` and ``widths`` are of stages 1-3 (Base-Net) and 4 (Overview-Net).
 ARCHS: Dict[str, dict] = {
@@ -279,7 +279,7 @@ class OverLoCK(BaseModule):
             # norm1 stands in the network itself: the official dense code goes on from the normed map of stage 2 (its
             # classifier does not), and the released detectors and segmentors were trained so.
             for i in sorted({*out_indices, 1}):
-                self.add_module(f'norm{i}', LayerNorm2d(channels[i]))
+                self.add_module(f'norm{i}', (LayerNorm2d if i == 1 else OutputNorm)(channels[i]))
             self.out_channels = tuple(channels[i] for i in out_indices)
             self.out_strides = tuple(4 * 2**i for i in out_indices)
         else:
@@ -357,9 +357,8 @@ class OverLoCK(BaseModule):
         maps = []
         for i in self.out_indices:
             feature = torch.cat(features[i], dim=1) if i == 2 else features[i]
-            maps.append(feature if i == 1 else getattr(self, f'norm{i}')(feature))
-        # mmcv's RoIAlign and its kind read a map as NCHW without asking.
-        return tuple(m.contiguous() for m in maps)
+            maps.append(feature.contiguous() if i == 1 else getattr(self, f'norm{i}')(feature))
+        return tuple(maps)
 
     def _run(self, stage: int, blocks: nn.Sequential, x: Tensor) -> Tensor:
         for i, block in enumerate(blocks):
@@ -459,7 +458,7 @@ class OverLoCK(BaseModule):
             self.graphs.forget()
 
     def compile_blocks(self, **options) -> None:
-        """Compiles the stem and the blocks, in place; they are translated as they are first called.
+        """Compiles stem, blocks and output norms, in place; they are translated as they are first called.
 
         The blocks of a stage are alike: one is translated and the others share its code. That takes a fraction of the
         time that ``torch.compile`` takes for the whole network and gives nearly all of its speed.
@@ -468,17 +467,20 @@ class OverLoCK(BaseModule):
             **options: For ``torch.compile``, such as ``mode='max-autotune-no-cudagraphs'`` or ``dynamic=True`` for
                 training on maps of many sizes.
         """
-        for name in ('stage1', 'stage2', 'stage3', 'stage4', 'focus3', 'focus4'):
-            blocks = getattr(self, name)
+        stages = [
+            (name, [*getattr(self, name)]) for name in ('stage1', 'stage2', 'stage3', 'stage4', 'focus3', 'focus4')
+        ]
+        norms = [(name, [m]) for name, m in self.named_children() if isinstance(m, LayerNorm2d)]
+        for name, modules in [*stages, *norms]:
             # A function of its own for every stage: what torch.compile translates anew is limited to eight times a
             # function, and six stages share two.
-            kind = type(blocks[0])
+            kind = type(modules[0])
             run = autocast_written_in(kind.forward)
             code = run.__code__.replace(co_name=f'{kind.__name__}_{name}')
             run = FunctionType(code, run.__globals__, closure=run.__closure__)
             forward = torch.compile(run, fullgraph=True, **options)
-            for block in blocks:
-                block.forward = partial(forward, block)
+            for module in modules:
+                module.forward = partial(forward, module)
         stem = torch.compile(autocast_written_in(_in_order), fullgraph=True, **options)
         self.stem.forward = partial(stem, self.stem)
 

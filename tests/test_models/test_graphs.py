@@ -102,9 +102,9 @@ def test_recordings_end_with_the_weights_they_use(network):
     network.load_state_dict(network.state_dict())  # in place
     network(torch.rand(1, 3, 32, 32))
     assert recordings(network) == {32: 2}
-    network.stem[0].conv.weight.requires_grad_(False)
+    network.stem[0].conv.weight.requires_grad_(False)  # in evaluation all the same
     network(torch.rand(1, 3, 32, 32))
-    assert recordings(network) == {}
+    assert recordings(network) == {32: 3}
     for change in (network.double, network.float, network.switch_to_deploy):
         change()
         assert recordings(network) == {}
@@ -112,6 +112,33 @@ def test_recordings_end_with_the_weights_they_use(network):
         for _ in range(4):
             network(image)
         assert len(recordings(network)) == 1
+
+
+@torch.no_grad()
+def test_recordings_in_training_end_with_what_is_trained(network):
+    network.train()
+    for expected in ({}, {}, {}, {32: 1}, {32: 2}):
+        network(torch.rand(2, 3, 32, 32))
+        assert recordings(network) == expected
+    network.stem[0].conv.weight.requires_grad_(False)
+    network(torch.rand(2, 3, 32, 32))
+    assert recordings(network) == {}
+
+
+@torch.no_grad()
+def test_a_recording_of_old_weights_is_not_believed(network):
+    """In evaluation it has run before anybody looks."""
+    image = torch.rand(1, 3, 32, 32)
+    for _ in range(4):
+        network(image)
+    (recording,) = network.graphs._recordings.values()
+    recording.function = lambda image: (torch.full((1,), float('nan')),)
+    assert network(image)[0].isnan().all()
+    network.stage1[0].norm.weight.data = 2 * network.stage1[0].norm.weight.data
+    found, network.graphs = network(image), None
+    assert recording.calls == 3
+    for a, b in zip(found, network(image)):
+        assert torch.equal(a, b)
 
 
 @torch.no_grad()
