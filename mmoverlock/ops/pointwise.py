@@ -2,6 +2,7 @@
 
 from typing import Optional
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,10 +10,11 @@ from .backends import records_graph
 
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """``F.conv2d`` with a 1x1 kernel, stride 1; of a channels-last map on a CPU as the matrix product that it is.
+    """``F.conv2d`` with a 1x1 kernel, stride 1; of a channels-last map sometimes as the matrix product that it is.
 
-    With one thread and fewer than 16 images PyTorch's convolution brings such a map to the other format and back; with
-    more threads its gradients take up to twice the product's time.
+    On a CPU: with one thread and fewer than 16 images PyTorch's convolution brings such a map to the other format and
+    back; with more threads its gradients take up to twice the product's time. On a GPU: of some channels of such a map
+    the convolution makes a copy.
 
     Args:
         x (Tensor): (B, C, H, W).
@@ -22,6 +24,15 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     Returns:
         Tensor: (B, E, H, W).
     """
-    if x.device.type != 'cpu' or records_graph() or x.stride(1) != 1:  # 1 also for some channels of such a map
+    if x.stride(1) != 1 or not (_product_on_cpu(x) or _product_on_gpu(x)):
         return F.conv2d(x, weight, bias)
     return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+def _product_on_cpu(x: Tensor) -> bool:
+    return x.device.type == 'cpu' and not records_graph()
+
+
+def _product_on_gpu(x: Tensor) -> bool:
+    whole = x.is_contiguous(memory_format=torch.channels_last)
+    return x.device.type == 'cuda' and not whole and (torch.compiler.is_dynamo_compiling() or not records_graph())

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
+from mmoverlock.ops import pointwise
 from mmoverlock.ops.pointwise import conv1x1
 
 SHAPES = [(2, 3, 5, 4, 7), (1, 1, 1, 6, 3), (3, 8, 2, 1, 1), (2, 5, 9, 1, 3)]  # B, C, E, H, W
@@ -80,3 +82,13 @@ def test_graphs_have_pytorchs_convolution():
     nodes = torch.export.export(Conv(), args).graph.nodes
     assert [n.target for n in nodes if n.op == 'call_function'] == [torch.ops.aten.conv2d.default]
     assert 'aten::_convolution' in str(torch.jit.trace(Conv(), args).inlined_graph)
+
+
+def test_products_on_a_gpu():
+    """Of some channels of a channels-last map, which a convolution there would copy; tensors need no GPU for this."""
+    with FakeTensorMode():
+        x = torch.empty(2, 8, 5, 4, device='cuda').to(memory_format=torch.channels_last)
+        weight = torch.empty(3, 4, 1, 1, device='cuda')
+        assert pointwise._product_on_gpu(x[:, :4]) and not pointwise._product_on_gpu(x)
+        out = conv1x1(x[:, 2:6], weight)
+    assert out.shape == (2, 3, 5, 4) and out.is_contiguous(memory_format=torch.channels_last)

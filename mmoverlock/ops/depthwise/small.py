@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..sums import add_up
 from ..triton_common import (
+    cdiv,
     compute_input,
     definition_gradients,
     differentiated_again,
@@ -28,7 +29,8 @@ class Tuning:
             taken is what wastes least. Maps of pictures of 224 x 224 are multiples of seven.
         tile (int): Groups of columns times channels of a program: with ``warps``, two channels a thread.
         warps (int): Warps a program.
-        programs, grad_programs (int): Programs to aim at, by cutting the rows into strips.
+        programs, grad_programs (int): Programs to aim at, by cutting the rows into strips of seven and more.
+        few (int): Programs to aim at by strips of two rows and more.
     """
 
     columns: Tuple[int, ...] = (7, 4)
@@ -37,6 +39,7 @@ class Tuning:
     warps: int = 4
     programs: int = 2112
     grad_programs: int = 1056
+    few: int = 112
 
 
 TUNING = Tuning()
@@ -75,12 +78,14 @@ def plan(shape, own: Tuple[int, ...], programs: int, tuning: Tuning) -> Tuple[Tu
     vector = next(v for v in (8, 4, 2, 1) if channels % v == 0)
     groups = -(-width // columns)
     across = min(power_of_two(channels), max(64, tuning.tile // power_of_two(groups)))  # 64: a line of the cache
-    beside = tuning.tile // across
-    lanes, blocks = -(-groups // beside), -(-channels // across)
-    rows = -(-height // max(1, min(-(-programs // (batch * lanes * blocks)), height // 7)))
-    strips = -(-height // rows)
+    together = tuning.tile // across
+    lanes, blocks = -(-groups // together), -(-channels // across)
+    beside = batch * lanes * blocks
+    strips = max(1, min(cdiv(programs, beside), height // 7), min(cdiv(tuning.few, beside), height // 2))
+    rows = cdiv(height, strips)
+    strips = cdiv(height, rows)
     sizes = (channels // vector, height, width, rows, strips, lanes)
-    constants = dict(V=vector, N=columns, G=beside, BC=across, WHOLE=width % columns == 0, num_warps=tuning.warps)
+    constants = dict(V=vector, N=columns, G=together, BC=across, WHOLE=width % columns == 0, num_warps=tuning.warps)
     return sizes, constants, batch * strips * lanes * blocks, strips * lanes
 
 

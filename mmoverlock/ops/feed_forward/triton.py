@@ -112,13 +112,17 @@ def _fewer_shares(shares: Tensor) -> Tensor:
     return shares if shares.shape[1] < TUNING.shares else add_up(shares).unsqueeze(1)
 
 
-def _cast(dtype: torch.dtype, *weights: Tensor) -> List[Tensor]:
-    """The weights in this type, contiguous; copies of all are made in one launch."""
-    weights = [w.contiguous() for w in weights]
-    if all(w.dtype == dtype for w in weights):
+def _cast(dtype: torch.dtype, weight1: Tensor, weight2: Tensor) -> Tuple[Tensor, Tensor]:
+    """Both weights in this type, contiguous; copies are made in one launch."""
+    from .triton_kernels import cast_kernel
+
+    weights = weight1.contiguous(), weight2.contiguous()
+    if weight1.dtype == weight2.dtype == dtype:
         return weights
-    copies = [torch.empty_like(w, dtype=dtype) for w in weights]
-    torch._foreach_copy_(copies, weights)
+    copies = tuple(torch.empty_like(w, dtype=dtype) for w in weights)
+    one, two = (w.numel() for w in weights)
+    with on(weight1.device):
+        cast_kernel[(-(-one // 1024) + -(-two // 1024),)](*weights, *copies, one // 8, two // 8, V=8, BLOCK=1024)
     return copies
 
 

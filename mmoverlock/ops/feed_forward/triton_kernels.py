@@ -12,7 +12,21 @@ import triton.language as tl
 
 from ..depthwise.small_kernels import gelu
 
-_SIZES = ('M', 'PIXELS', 'C', 'E', 'F', 'PARTS', 'TILES')
+_SIZES = ('M', 'PIXELS', 'C', 'E', 'F', 'PARTS', 'TILES', 'ONE', 'TWO')
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def cast_kernel(one, two, first, second, ONE, TWO, V: tl.constexpr, BLOCK: tl.constexpr):
+    """first = one and second = two, in their types; ONE and TWO count vectors of V numbers."""
+    block = tl.program_id(0)
+    blocks = tl.cdiv(ONE * V, BLOCK)
+    source, target, count = one, first, ONE * V
+    if block >= blocks:
+        source, target, count = two, second, TWO * V
+        block -= blocks
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(source + at, mask=at < count, other=0.0)
+    tl.store(target + at, value.to(target.dtype.element_ty), mask=at < count)
 
 
 @triton.jit(do_not_specialize=_SIZES)
