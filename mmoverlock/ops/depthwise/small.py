@@ -30,7 +30,8 @@ class Tuning:
         tile (int): Groups of columns times channels of a program: with ``warps``, two channels a thread.
         warps (int): Warps a program.
         programs, grad_programs (int): Programs to aim at, by cutting the rows into strips of seven and more.
-        few (int): Programs to aim at by strips of two rows and more.
+        few (int): Programs to aim at by strips of two rows and more; where those of seven would be fewer, ...
+        few_columns (int): ... this is how many columns a thread owns.
     """
 
     columns: Tuple[int, ...] = (7, 4)
@@ -40,6 +41,7 @@ class Tuning:
     programs: int = 2112
     grad_programs: int = 1056
     few: int = 112
+    few_columns: int = 2
 
 
 TUNING = Tuning()
@@ -63,6 +65,16 @@ def conv3x3_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: 
     return torch.ops.mmoverlock.depthwise_conv3x3(x, weight, bias, residual)
 
 
+def _beside(shape, columns: int, tuning: Tuning) -> Tuple[int, int, int, int]:
+    """Of a program, groups of columns and channels; programs beside each other in a row; and those of all channels."""
+    batch, channels, _, width = shape
+    groups = cdiv(width, columns)
+    across = min(power_of_two(channels), max(64, tuning.tile // power_of_two(groups)))  # 64: a line of the cache
+    together = tuning.tile // across
+    lanes = cdiv(groups, together)
+    return together, across, lanes, batch * lanes * cdiv(channels, across)
+
+
 @lru_cache(maxsize=1024)
 def plan(shape, own: Tuple[int, ...], programs: int, tuning: Tuning) -> Tuple[Tuple[int, ...], dict, int, int]:
     """Sizes and constants of the kernels, programs to launch, and shares an image is summed in.
@@ -74,19 +86,19 @@ def plan(shape, own: Tuple[int, ...], programs: int, tuning: Tuning) -> Tuple[Tu
         tuning (Tuning): Tile and warps.
     """
     batch, channels, height, width = shape
-    columns = min(own, key=lambda n: -(-width // n) * n)
     vector = next(v for v in (8, 4, 2, 1) if channels % v == 0)
-    groups = -(-width // columns)
-    across = min(power_of_two(channels), max(64, tuning.tile // power_of_two(groups)))  # 64: a line of the cache
-    together = tuning.tile // across
-    lanes, blocks = -(-groups // together), -(-channels // across)
-    beside = batch * lanes * blocks
-    strips = max(1, min(cdiv(programs, beside), height // 7), min(cdiv(tuning.few, beside), height // 2))
+    columns = min(own, key=lambda n: -(-width // n) * n)
+    together, across, lanes, beside = _beside(shape, columns, tuning)
+    strips = max(1, min(cdiv(programs, beside), height // 7))
+    if beside * strips < tuning.few:
+        columns = tuning.few_columns
+        together, across, lanes, beside = _beside(shape, columns, tuning)
+        strips = max(strips, min(cdiv(tuning.few, beside), height // 2))
     rows = cdiv(height, strips)
     strips = cdiv(height, rows)
     sizes = (channels // vector, height, width, rows, strips, lanes)
     constants = dict(V=vector, N=columns, G=together, BC=across, WHOLE=width % columns == 0, num_warps=tuning.warps)
-    return sizes, constants, batch * strips * lanes * blocks, strips * lanes
+    return sizes, constants, strips * beside, strips * lanes
 
 
 def launch_forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool, squares: bool):

@@ -32,8 +32,8 @@ class Tuning:
     """Launch parameters, measured on an H200 with tools/analysis/benchmark_depthwise.py.
 
     Args:
-        areas (tuple[int, ...]): Pixels of an output tile, columns of the matrix product: what to choose from, the
-            first if both are as good.
+        areas (tuple[int, int, int]): Pixels of an output tile, columns of the matrix product, to choose from: of the
+            first two, or where either makes products of few rows, of all.
         tiles (int): Tiles a program of the convolution: rows of the product.
         depth (int): Pixels of the window that the product runs over at a time.
         whole (tuple[int, int]): Tiles and depth where a window is as wide as the map, 9 to 32 columns.
@@ -46,7 +46,7 @@ class Tuning:
         grad_few (tuple): Area, depth and tiles of it for few images (fewer than 32) of up to so many pixels together.
     """
 
-    areas: Tuple[int, ...] = (128, 64)
+    areas: Tuple[int, int, int] = (128, 64, 32)
     tiles: int = 128
     depth: int = 64
     whole: Tuple[int, int] = (64, 32)
@@ -181,11 +181,11 @@ class _Plan:
         """Tiles of a program, BM, of which there are ``tiles`` at most."""
         return min(tiles, max(16, power_of_two(self.lanes)))
 
-    def filled(self, shape, tiles: int) -> Tuple[bool, float]:
-        """How well the products are used: whether they have rows for the largest instruction; share of real pixels."""
+    def filled(self, shape, tiles: int) -> float:
+        """How much of the products is of pixels of the map."""
         rows = self.rows(tiles)
         programs = self.groups * -(-self.lanes // rows)
-        return rows >= 64, shape[0] * shape[2] * shape[3] / (programs * rows * math.prod(self.tile))
+        return shape[0] * shape[2] * shape[3] / (programs * rows * math.prod(self.tile))
 
     def columns(self, width: int) -> Tuple[int, int]:
         """Columns of a window and of a tile of the gradient, as they are counted in a map of this width."""
@@ -238,7 +238,9 @@ def grad_launch(x: Tensor, size: int, dilation: int) -> Tuple[_Plan, dict]:
 @lru_cache(maxsize=1024)
 def _forward_launch(shape, dtype: torch.dtype, size: int, dilation: int, tuning: Tuning) -> Tuple[_Plan, dict]:
     plans = [_Plan.of(shape, dtype, size, dilation, area, tuning.tiles) for area in tuning.areas]
-    plan = max(plans, key=lambda plan: plan.filled(shape, tuning.tiles))
+    # Products with rows for the largest instruction, if there can be, and as much of the map in them as possible.
+    plans = [p for p in plans[:2] if p.rows(tuning.tiles) >= 64] or plans
+    plan = max(plans, key=lambda p: p.filled(shape, tuning.tiles))
     whole = plan.before[1] == 0 and 8 < plan.window[1] <= 32
     tiles, depth = tuning.whole if whole else (tuning.tiles, tuning.depth)
     constants = plan.constants(dtype, tiles, tuning.stages)

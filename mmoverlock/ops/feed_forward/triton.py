@@ -42,10 +42,10 @@ class Tuning:
     expand: Tuple[int, ...] = (128, 128, 64, 8, 3, 128)
     project: Tuple[int, ...] = (128, 128, 64, 4, 3, 255)
     project_grad: Tuple[int, ...] = (128, 64, 64, 4, 3, 255)
-    small_expand: Tuple[int, ...] = (64, 64, 64, 4, 3, 255)
+    small_expand: Tuple[int, ...] = (64, 32, 64, 4, 4, 255)
     small_project: Tuple[int, ...] = (32, 32, 64, 4, 5, 255)
     programs: int = 66
-    shares: int = 32
+    shares: int = 64
 
 
 TUNING = Tuning()
@@ -150,9 +150,11 @@ def _feed_forward(
         squares = _fewer_shares(squares)
         scale, norm = (x.new_empty((batch, hidden), dtype=torch.float32) for _ in range(2))
         rounded = x.new_empty((batch, hidden))
+        parts, across = squares.shape[1], power_of_two(hidden)
         grn_scale_kernel[(batch,)](
-            squares, gamma, scale, rounded, norm, squares.shape[1], hidden // 8, eps, V=8, BE=power_of_two(hidden)
-        )
+            squares, gamma, scale, rounded, norm, parts, hidden // 8, eps, V=8,
+            BP=min(8, power_of_two(parts), max(1, 8192 // across)), BE=across,
+        )  # fmt: skip
         out = _channels_last(x, channels_out)
         tuning = _tuning(TUNING.project, TUNING.small_project, batch, pixels, channels_out)
         tiles = _tiles(tuning, pixels, channels_out, x.dtype)

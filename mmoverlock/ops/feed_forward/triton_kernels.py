@@ -59,18 +59,22 @@ def ffn_expand_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def grn_scale_kernel(squares, gamma, scale, rounded, norm, PARTS, E, eps, V: tl.constexpr, BE: tl.constexpr):
+def grn_scale_kernel(
+    squares, gamma, scale, rounded, norm, PARTS, E, eps, V: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr
+):
     """From the shares of the sums of squares, [B, PARTS, E], the norm of every channel and what it is scaled with.
 
-    ``rounded`` gets the latter in its own type.
+    ``rounded`` gets the latter in its own type. BP shares are taken at once.
     """
     E = E * V
     image = tl.program_id(0)
     e = tl.arange(0, BE)
-    total = tl.zeros((BE,), dtype=tl.float32)
-    for part in range(0, PARTS):
-        total += tl.load(squares + (image * PARTS + part).to(tl.int64) * E + e, mask=e < E, other=0.0)
-    response = tl.sqrt(total)
+    p = tl.arange(0, BP)
+    at = squares + image.to(tl.int64) * PARTS * E + p[:, None] * E + e[None, :]
+    total = tl.zeros((BP, BE), dtype=tl.float32)
+    for part in range(0, PARTS, BP):
+        total += tl.load(at + part * E, mask=(part + p < PARTS)[:, None] & (e < E)[None, :], other=0.0)
+    response = tl.sqrt(tl.sum(total, 0))
     mean = tl.sum(response, 0) / E
     factor = tl.load(gamma + e, mask=e < E, other=0.0).to(tl.float32) * (response / (mean + eps)) + 1.0
     tl.store(scale + image * E + e, factor, mask=e < E)
