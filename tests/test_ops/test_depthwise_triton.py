@@ -1,5 +1,7 @@
 """When the depthwise convolution in Triton is chosen, how it cuts maps, and its kernels interpreted on the CPU."""
 
+import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,42 @@ def test_dilated_plan_covers_the_map(shape, dilations):
     cdiv, least = triton_common.cdiv, min(dilations)
     assert 1 <= shares <= least * cdiv(cdiv(height, least), rows), 'programs without a strip'
     assert lanes * constants['G'] >= max(d * cdiv(cdiv(width, d), constants['N']) for d in dilations)
+
+
+def tile(launch, shape, size):
+    """Pixels of a tile, tiles of a program, and pixels of the window at a time."""
+    plan, constants = launch(OnGpu(*shape), size, 1)
+    return plan.tile[0] * plan.tile[1], constants['BM'], constants['BK']
+
+
+@pytest.mark.parametrize(
+    'shape, size, forward, gradient',
+    [
+        ((64, 64, 56, 56), 17, (128, 128, 64), (64, 64, 128)),
+        ((128, 256, 14, 14), 13, (128, 64, 32), (64, 64, 128)),  # the window is as wide as the map
+        ((64, 512, 7, 7), 7, (64, 64, 64), (64, 64, 64)),
+        ((2, 128, 100, 160), 15, (64, 128, 64), (64, 32, 128)),  # 128 pixels would waste more rows of the last strip
+        ((2, 256, 50, 80), 13, (128, 128, 64), (32, 32, 64)),
+        ((2, 512, 25, 40), 7, (64, 64, 64), (32, 32, 64)),  # products of 128 pixels would have 32 rows
+        ((1, 256, 14, 14), 13, (32, 16, 32), (32, 16, 64)),
+    ],
+)
+def test_tiles_by_the_shape(shape, size, forward, gradient):
+    assert tile(fused.forward_launch, shape, size) == forward
+    assert tile(fused.grad_launch, shape, size) == gradient
+
+
+def test_trials_of_the_benchmark():
+    """Every set of launch parameters that ``benchmark_depthwise.py --only tune`` tries plans a convolution."""
+    path = Path(__file__).parents[2] / 'tools/analysis/benchmark_depthwise.py'
+    spec = importlib.util.spec_from_file_location('benchmark_depthwise', path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    plans = {'forward': fused._forward_launch, 'weight': fused._grad_launch}
+    for form, option in tool.TRIALS:
+        tuning = dataclasses.replace(fused.TUNING, **option)
+        found = {plans[form](shape, torch.float16, size, d, tuning)[1]['BM'] for shape, size, d in tool.CASES.values()}
+        assert len(found) > 1, option
 
 
 @pytest.mark.parametrize(

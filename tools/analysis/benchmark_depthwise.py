@@ -40,7 +40,7 @@ DTYPES = {'float16': torch.float16, 'bfloat16': torch.bfloat16, 'float32': torch
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 NAMES = ('forward', 'input', 'weight', 'bias')
 
-# (B, C, H, W), kernel, dilation: OverLoCK-T's stages for pictures of 224 x 224 and 800 x 1280, then branches
+# (B, C, H, W), kernel, dilation: stages of OverLoCK-T for pictures of 224 x 224 and 800 x 1280, of B, then branches
 CASES = {
     'T 224 /4': ((128, 64, 56, 56), 17, 1),
     'T 224 /8': ((128, 128, 28, 28), 15, 1),
@@ -50,6 +50,10 @@ CASES = {
     'T 800x1280 /8': ((2, 128, 100, 160), 15, 1),
     'T 800x1280 /16': ((2, 256, 50, 80), 13, 1),
     'T 800x1280 /32': ((2, 512, 25, 40), 7, 1),
+    'B 224 /4': ((128, 80, 56, 56), 17, 1),
+    'B 224 /8': ((128, 160, 28, 28), 15, 1),
+    'B 224 /16': ((128, 384, 14, 14), 13, 1),
+    'B 224 /32': ((128, 576, 7, 7), 7, 1),
     'T 224 /4, 64': ((64, 64, 56, 56), 17, 1),
     'T 224 /16, 64': ((64, 256, 14, 14), 13, 1),
     '5x5': ((64, 64, 56, 56), 5, 1),
@@ -259,19 +263,20 @@ def time_cases(cases, dtype):
 
 
 FORWARD_TRIALS = [
-    dict(zip(('area', 'tiles', 'depth', 'warps', 'stages'), values))
-    for values in (
+    dict(areas=(area,), tiles=tiles, depth=depth, whole=(tiles, depth), warps=warps, stages=stages)
+    for area, tiles, depth, warps, stages in (
         (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 128, 128, 4, 2), (64, 128, 64, 8, 3), (64, 256, 64, 8, 3),
         (128, 128, 64, 4, 3), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 256, 32, 8, 3), (256, 128, 64, 8, 3),
-        (64, 64, 64, 4, 3), (64, 64, 128, 4, 3), (32, 128, 64, 4, 3),
+        (64, 64, 64, 4, 3), (64, 64, 128, 4, 3), (32, 128, 64, 4, 3), (128, 64, 32, 4, 3), (128, 64, 32, 4, 4),
     )
 ]  # fmt: skip
 FORWARD_TRIALS += [dict(vector=8)]
 GRAD_TRIALS = [
-    dict(zip(('grad_area', 'grad_depth', 'grad_tiles', 'grad_warps', 'grad_stages'), values))
+    dict(zip(('grad_area', 'grad_depth', 'grad_tiles', 'grad_warps', 'grad_stages'), values), grad_few=())
     for values in (
         (64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 128, 128, 4, 2), (64, 256, 64, 8, 3), (64, 256, 64, 4, 3),
         (128, 128, 64, 8, 3), (128, 256, 64, 8, 2), (64, 64, 64, 4, 3), (64, 128, 32, 4, 4), (32, 128, 64, 4, 3),
+        (32, 64, 32, 4, 4),
     )
 ]  # fmt: skip
 GRAD_TRIALS += [dict(grad_programs=p) for p in (264, 1056)]
