@@ -2,6 +2,7 @@ import csv
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,6 +60,22 @@ def test_rows_of_ours_and_a_peer(tool, tiny_variant, tmp_path, capsys):
     table = out[2:7]
     starts = table[0].index('img/s') + len('img/s')
     assert all(line[starts - 1].isdigit() and line[starts] == ' ' for line in table[1:]), table  # columns are aligned
+
+
+def test_rows_in_turn(tool, tiny_variant, tmp_path, monkeypatch):
+    """Steps of all rows alternate; one that cannot be built leaves the others alone."""
+    order, time, prepare = [], tool.Row.time, tool.Row.prepare
+    monkeypatch.setattr(tool.Row, 'time', lambda self, step: order.append(self.job.mode) or time(self, step))
+    monkeypatch.setattr(tool.Row, 'prepare', lambda self: 1 / (self.job.dtype == 'fp32') and prepare(self))
+    path = tmp_path / 'out.csv'
+    args = ['xt', '--mode', 'eval', 'train', '--dtype', 'fp32', 'bf16', '--shape', '64', '--batch', '4', *FAST]
+    assert tool.main([*args, '--csv', str(path), '--in-turn', '--iters', '2']) == 1
+    assert order == ['eval', 'train'] * 3, 'a step to warm up, and two'
+    status = {(row['mode'], row['dtype']): row['status'] for row in rows_of(path)}
+    assert status == {(m, d): 'ok' if d == 'fp32' else 'failed' for m in ('eval', 'train') for d in ('fp32', 'bf16')}
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    with pytest.raises(tool.cli.UserError, match='for --device cpu'):
+        tool.set_device(SimpleNamespace(device='cuda', in_turn=True, threads=0))
 
 
 @pytest.mark.parametrize('task', ['det', 'seg'])

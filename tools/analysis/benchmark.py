@@ -3,7 +3,7 @@
     python tools/analysis/benchmark.py t convnext_tiny --batch 1 128 --dtype fp16 --run eager compile
     python tools/analysis/benchmark.py t convnext_tiny --task det --shape 800 1280 --mode eval train --batch 2
     python tools/analysis/benchmark.py --config configs/detection/mask-rcnn_overlock-t_fpn_1x_coco.py
-    python tools/analysis/benchmark.py --suite cpu --device cpu
+    python tools/analysis/benchmark.py --suite cpu --device cpu --in-turn
     python tools/analysis/benchmark.py --suite targets --parallel --csv targets.csv --plot targets.png
 
 All combinations of the options are rows. A name is a variant of ours (xt, t, s, b), or a model of timm or mmpretrain;
@@ -647,8 +647,11 @@ class Row:
 
         return replay
 
-    def finish(self) -> dict:
+    def finish(self, times=None) -> dict:
         """Checks, then times.
+
+        Args:
+            times (list[float], optional): Milliseconds of single steps, if they have been taken already.
 
         Returns:
             dict: ``img_s``, ``ms``, ``gib`` (network, input and what a step allocates; None where it is not
@@ -669,7 +672,7 @@ class Row:
             if result['error'] > result['tolerance'] and job.backend != 'reference':
                 # A deeper network, or a larger picture, than the tolerance was found with: what do definitions lose?
                 result['tolerance'] = max(result['tolerance'], 2 * self.plain_error())
-            times = self.times(step)
+            times = times or self.times(step)
             if self.cuda and job.run not in GRAPHS:
                 peak = self.peak(step)
         ms = statistics.median(times)
@@ -739,22 +742,25 @@ class Row:
             if self.cuda:
                 torch.cuda.synchronize()
         times, start = [], time.perf_counter()
-        clock = time.process_time if self.options.clock == 'process' else time.perf_counter
         if self.cuda and self.job.mode == 'train':
             return self.pace(step, iters, least)
         while len(times) < iters or (time.perf_counter() - start < least and len(times) < 20 * iters):
-            if self.cuda:
-                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                first.record()
-                step()
-                last.record()
-                last.synchronize()
-                times.append(first.elapsed_time(last))
-            else:
-                before = clock()
-                step()
-                times.append((clock() - before) * 1e3)
+            times.append(self.time(step))
         return times
+
+    def time(self, step) -> float:
+        """Milliseconds of one step that is waited for."""
+        if self.cuda:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            step()
+            last.record()
+            last.synchronize()
+            return first.elapsed_time(last)
+        clock = time.process_time if self.options.clock == 'process' else time.perf_counter
+        before = clock()
+        step()
+        return (clock() - before) * 1e3
 
     def empty(self) -> None:
         if self.cuda:
@@ -799,6 +805,23 @@ def one_by_one(jobs, options):
         row = Row(job, options)
         yield guarded(row.prepare) or guarded(row.finish)
         del row
+
+
+def in_turn(jobs, options):
+    """As :func:`one_by_one`, but all rows are built first, and steps of them timed in turn.
+
+    What else happens on the machine, and changes within minutes, then meets all of them alike.
+    """
+    rows = [Row(job, options) for job in jobs]
+    problems = [guarded(row.prepare) for row in rows]
+    times = [[] for _ in rows]
+    for _ in range(options.warmup + options.iters):
+        for row, problem, taken in zip(rows, problems, times):
+            if not problem:
+                with backend(row.job.backend):
+                    taken.append(row.time(row.step))
+    for row, problem, taken in zip(rows, problems, times):
+        yield problem or guarded(row.finish, taken[options.warmup :])
 
 
 # -- many rows side by side -----------------------------------------------------------------------
@@ -1083,6 +1106,9 @@ def parse_args(argv=None):
     parser.add_argument('--clock', choices=['process', 'wall'], default='process', help='on a CPU')
     parser.add_argument('--no-cudnn-benchmark', dest='cudnn_benchmark', action='store_false')
     parser.add_argument('--parallel', action='store_true', help='build and compile all rows at once, then time')
+    parser.add_argument(
+        '--in-turn', action='store_true', help='on a CPU: build all rows, then time steps of them in turn'
+    )
     parser.add_argument('--prepare-seconds', type=float, default=600, help='with --parallel: wait no longer')
     parser.add_argument('--csv', help='also write the rows here')
     parser.add_argument('--read', metavar='CSV', help='run nothing, take the rows of an earlier run (for --plot)')
@@ -1159,6 +1185,8 @@ def set_device(args) -> None:
         raise cli.UserError(f'--device {args.device}: cuda or cpu')
     if args.device.startswith('cuda') and not torch.cuda.is_available():
         raise cli.UserError('--device cuda: torch sees no GPU here')
+    if args.device != 'cpu' and getattr(args, 'in_turn', False):
+        raise cli.UserError('--in-turn is for --device cpu, whose memory holds all rows at once')
     if args.threads:
         torch.set_num_threads(args.threads)
 
@@ -1190,7 +1218,7 @@ def measure(jobs, args, argv=None) -> list:
     print(about['command'])
     table, rows = Table(jobs), []
     started = time.monotonic()
-    results = (side_by_side if args.parallel else one_by_one)(jobs, args)
+    results = (side_by_side if args.parallel else in_turn if args.in_turn else one_by_one)(jobs, args)
     for job, result in zip(jobs, results):
         row = describe(job)
         note = '  '.join(filter(None, [row['note'], result.get('note', '')]))
