@@ -170,7 +170,7 @@ def suites() -> dict:
             *grid(model='t', mode='train', batch=64, dtype='fp16', run=ways),
             *grid(model='t', mode=['eval', 'train'], **detection, run=ways),
             *grid(model='t', batch=128, dtype='fp16-pure', run=['eager', 'graphs']),
-            *grid(model='t', dtype='fp16-pure', run=['eager', 'blocks+graphs']),
+            *grid(model='t', dtype='fp16-pure', run=['eager', 'blocks+graphs', 'blocks+cudagraph']),
             *grid(model='convnext_tiny', batch=128, dtype='fp16-pure', run=['eager', 'compile+cudagraph']),
             *grid(model='convnext_tiny', mode='train', batch=64, dtype='fp16', run=['eager', 'compile']),
             *grid(model='convnext_tiny', mode=['eval', 'train'], **detection, run=['eager', 'compile']),
