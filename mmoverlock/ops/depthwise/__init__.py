@@ -157,8 +157,8 @@ def depthwise_conv2d_norm_branches(
             overrides ``'auto'``. Defaults to ``'auto'``.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: The sum, (B, C, H, W); means and (biased) variances of the branches, (n, C)
-        each, in float32 at least, without gradients.
+        tuple[Tensor, Tensor, Tensor]: The sum, (B, C, H, W), from ``'triton'`` in channels-last format; means and
+        (biased) variances of the branches, (n, C) each, in float32 at least, without gradients.
 
     Raises:
         ValueError: A weight does not fit the channels, or its size is even; or the numbers of branches differ.

@@ -1,7 +1,7 @@
 """From one order of memory to the other: channels-last maps, which the network has, and planes, one channel each.
 
 A convolution with a large kernel multiplies a plane's rows and columns with matrices, which wants planes; what comes
-before and after it wants channels-last maps. PyTorch's own copy takes five times as long as the bytes do.
+before and after it wants channels-last maps. PyTorch's own copy takes five times as long as these kernels.
 """
 
 from typing import Optional
