@@ -435,9 +435,11 @@ class OverLoCK(BaseModule):
         else:
             super().init_weights()
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs) -> None:
+        if local_metadata.get('assign_to_params_buffers'):  # parameters become others, which recordings do not see
+            self._forget_graphs()
         adapt_backbone_state_dict(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
     def merge_large_kernels(self) -> None:
         """Merges the branches of every large kernel, in place: the official "reparam" form, and ``deploy=True``'s."""

@@ -105,6 +105,8 @@ def test_recordings_end_with_the_weights_they_use(network):
     network.stem[0].conv.weight.requires_grad_(False)  # in evaluation all the same
     network(torch.rand(1, 3, 32, 32))
     assert recordings(network) == {32: 3}
+    network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
+    assert recordings(network) == {}
     for change in (network.double, network.float, network.switch_to_deploy):
         change()
         assert recordings(network) == {}
