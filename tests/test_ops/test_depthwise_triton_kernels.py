@@ -456,6 +456,11 @@ def test_norm_branches_dilated(shape, branches, dtype, monkeypatch):
     assert max(errors) < {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}[dtype], errors
 
 
+def test_norm_branches_on_large_maps_of_half_precision_parameters():
+    branches = ((5, 1), (3, 4), (3, 5), (3, 7))
+    assert max(norm_errors(norm_arguments((1, 3, 4, 17), torch.float16, branches, torch.float16), branches)) < 2e-3
+
+
 def test_norm_branches_dilated_are_told(monkeypatch):
     """Which of the branches have no maps: the last 3x3 ones, but never all and never one alone."""
     shape = (1, 2, 3, 17)
