@@ -14,7 +14,7 @@ from torch import Tensor
 from .checkpoints import OFFICIAL_RELEASE, CheckpointError, from_official, is_official, load_state_dict_file
 from .models.blocks import init_weights, switch_to_deploy
 from .models.layers import ConvNorm
-from .models.overlock import OverLoCK
+from .models.overlock import STAGES, OverLoCK
 
 __all__ = ['OverLoCKClassifier']
 
@@ -152,9 +152,8 @@ class OverLoCKClassifier(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         """timm's groups of parameters, for layer-wise learning rates."""
         entries = dict(down2='stage2', down3='stage3', down4='stage4', focus_down='focus4', context_proj='stage4')
-        order = ('stage1', 'stage2', 'stage3', 'stage4', 'focus3', 'focus4')
         blocks = []
-        for i, stage in enumerate(order):
+        for i, stage in enumerate(STAGES):
             for name in [n for n, s in entries.items() if s == stage and n != 'context_proj']:
                 blocks.append((rf'^backbone\.{name}', (i, 0)))
             blocks.append((rf'^backbone\.{stage}' if coarse else rf'^backbone\.{stage}\.(\d+)', (i,)))

@@ -58,15 +58,13 @@ class Graphs:
         autocast = torch.is_autocast_enabled('cuda') and torch.get_autocast_dtype('cuda')
         key = (image.shape, image.dtype, image.device, network.training, autocast, torch.is_inference_mode_enabled())
         recording = self._recordings.get(key)
-        if recording is not None and not network.training:
-            # To look first whether a thousand tensors are where they were would delay one picture by a tenth. A pass
-            # of evaluation that turns out to be of old weights has changed nothing.
-            maps = recording(image)
-            if not self._moved(network):
-                return maps
+        # To look first whether a thousand tensors are where they were would delay one picture by a tenth. A pass of
+        # evaluation that turns out to be of old weights has changed nothing.
+        maps = None if recording is None or network.training else recording(image)
+        if self._moved(network):
             recording = None
-        elif self._moved(network):
-            recording = None
+        elif maps is not None:
+            return maps
         if recording is None:
             seen = self._seen[key] = self._seen.get(key, 0) + 1
             if seen <= _AFTER or len(self._recordings) >= _MOST or any(map(_is_synced, network.modules())):

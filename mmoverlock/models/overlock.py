@@ -48,6 +48,8 @@ ARCHS: Dict[str, dict] = {
 _COMMON = {k: ARCHS['xt'][k] for k in ('mlp_ratios', 'focus_mlp_ratio', 'kernel_sizes', 'small_kernel')}
 ARCHS = {name: {**_COMMON, **arch} for name, arch in ARCHS.items()}
 _LONG_NAMES = {'xtiny': 'xt', 'tiny': 't', 'small': 's', 'base': 'b'}
+#: The parts that are made of blocks, in the order of the forward pass.
+STAGES = ('stage1', 'stage2', 'stage3', 'stage4', 'focus3', 'focus4')
 _LENGTHS = dict(depths=4, focus_depths=2, widths=4, mlp_ratios=4, focus_heads=2, kernel_sizes=4)
 
 
@@ -469,11 +471,9 @@ class OverLoCK(BaseModule):
             **options: For ``torch.compile``, such as ``mode='max-autotune-no-cudagraphs'`` or ``dynamic=True`` for
                 training on maps of many sizes.
         """
-        stages = [
-            (name, [*getattr(self, name)]) for name in ('stage1', 'stage2', 'stage3', 'stage4', 'focus3', 'focus4')
-        ]
-        norms = [(name, [m]) for name, m in self.named_children() if isinstance(m, LayerNorm2d)]
-        for name, modules in [*stages, *norms]:
+        parts = {name: [*getattr(self, name)] for name in STAGES}
+        parts.update((name, [m]) for name, m in self.named_children() if isinstance(m, LayerNorm2d))
+        for name, modules in parts.items():
             # A function of its own for every stage: what torch.compile translates anew is limited to eight times a
             # function, and six stages share two.
             kind = type(modules[0])
@@ -497,7 +497,6 @@ class OverLoCK(BaseModule):
             tuple[int, int]: Depth of the layer and number of layers. The stem is 0, every block one more in the order
             of the forward pass; parameters outside the backbone and its output norms are the last.
         """
-        stages = ('stage1', 'stage2', 'stage3', 'stage4', 'focus3', 'focus4')
         depths = (*self.arch['depths'], *self.arch['focus_depths'])
         num_layers = sum(depths) + 2
         if not param_name.startswith(prefix):
@@ -509,10 +508,10 @@ class OverLoCK(BaseModule):
         if name == 'context_proj':
             return sum(depths[:4]), num_layers
         stage = entry.get(name, name)
-        if stage not in stages:
+        if stage not in STAGES:
             return num_layers - 1, num_layers
-        block = int(rest[0]) if name in stages else 0
-        return 1 + sum(depths[: stages.index(stage)]) + block, num_layers
+        block = int(rest[0]) if name in STAGES else 0
+        return 1 + sum(depths[: STAGES.index(stage)]) + block, num_layers
 
 
 def _in_order(modules: nn.Sequential, x: Tensor) -> Tensor:

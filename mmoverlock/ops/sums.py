@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .triton_common import on, power_of_two
+from .triton_common import on, power_of_two, vector_of
 
 _ROWS = 1024  # shares that a program takes at once
 _TILE = 8192  # and numbers
@@ -27,7 +27,7 @@ def add_up(shares: Tensor, turn: int = 1) -> Tensor:
     columns = math.prod(rest)
     sums = shares.new_empty((batch, *rest) if turn == 1 else (batch, columns), dtype=torch.float32)
     whole, width = (0, 1) if turn == 1 else (rest[0] // turn * turn, rest[1])
-    vector = next(v for v in (8, 4, 2, 1) if columns % v == 0)
+    vector = vector_of(columns)
     rows = min(_ROWS, power_of_two(parts))
     across = max(8, min(256, _TILE // rows))
     with on(shares.device):

@@ -51,6 +51,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def vector_of(n: int) -> int:
+    """Elements that may be loaded at once, up to eight, where lines are ``n`` long."""
+    return next(v for v in (8, 4, 2, 1) if n % v == 0)
+
+
 def power_of_two(n: int) -> int:
     """The smallest power of two that is no less than ``n``."""
     return 1 << (n - 1).bit_length()

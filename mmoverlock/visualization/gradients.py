@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..models.overlock import STAGES
 from .inputs import check_image, find_backbone, inspecting, like_weights, outputs_of, to_picture
 
 
@@ -23,7 +24,7 @@ def layer_of(model: nn.Module, name: str) -> nn.Module:
         stages = ', '.join(child for child, _ in backbone.named_children())
         raise ValueError(f'no layer {name!r} in the backbone; there are {stages}, and what is inside them') from error
     # The network calls the blocks of a stage one by one, never the list.
-    return layer[-1] if name in ('stage1', 'stage2', 'stage3', 'stage4', 'focus3', 'focus4') else layer
+    return layer[-1] if name in STAGES else layer
 
 
 def _tensors(output) -> Tuple[Tensor, ...]:

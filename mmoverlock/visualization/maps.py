@@ -8,10 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.overlock import STAGES
 from .inputs import check_image, find_backbone, inspecting, like_weights, outputs_of, resized
-
-#: In the order of the forward pass: Base-Net, Overview-Net, Focus-Net.
-STAGES = ('stage1', 'stage2', 'stage3', 'stage4', 'focus3', 'focus4')
 
 
 @torch.no_grad()

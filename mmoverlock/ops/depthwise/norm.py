@@ -11,10 +11,18 @@ from typing import List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..triton_common import Lanes, compute_input, definition_gradients, differentiated_again, on, power_of_two
+from ..triton_common import (
+    Lanes,
+    compute_input,
+    definition_gradients,
+    differentiated_again,
+    on,
+    power_of_two,
+    vector_of,
+)
 from . import norm_dilated, norm_small, orders
 from .reference import depthwise_conv2d_reference
-from .triton import _launch_bands, _launch_product, _launch_weight_grad, refuse_branches
+from .triton import _bands, _launch_product, _launch_weight_grad, refuse_branches
 
 _PROGRAMS = 1056  # to aim at where a channel is summed in parts
 
@@ -62,13 +70,13 @@ def plan(shape, branches: int) -> dict:
     """Constants of the kernels and sizes that follow from those of the map; ``branches`` that have maps."""
     batch, channels, height, width = shape
     pixels = height * width
-    vector = next(v for v in (8, 4, 2, 1) if pixels % v == 0)
+    vector = vector_of(pixels)
     wide, narrow = min(512, power_of_two(pixels)), min(1024, power_of_two(pixels))
     tiles = -(-batch // (512 // wide)) * -(-pixels // wide)
     part = -(-tiles // max(1, min(-(-_PROGRAMS // channels), tiles // 2)))
     return dict(
         sums=dict(N=branches, NB=power_of_two(branches), V=vector, BX=512, PX=wide),
-        planes=dict(N=branches, V=vector, BX=1024, PX=narrow),
+        planes=dict(V=vector, BX=1024, PX=narrow),
         splits=-(-tiles // part),
         part=part,
         programs=-(-batch * channels // (1024 // narrow)) * -(-pixels // narrow),
@@ -103,16 +111,16 @@ def _sizes(weights: Sequence[Tensor]) -> List[int]:
     return [weight.shape[-1] for weight in weights]
 
 
-def _packed_size(weights: Sequence[Tensor]) -> int:
-    return sum(weight.numel() + 2 * len(weight) for weight in weights)
+def _room_for_all(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Room in float32 for all parameters, one after another: weights, gammas, betas."""
+    return x.new_empty((sum(weight.numel() + 2 * len(weight) for weight in weights),), dtype=torch.float32)
 
 
 def _unpacked(pack: Tensor, weights: Sequence[Tensor], made: int) -> Tuple[Tensor, ...]:
     """Of all parameters one after another: the weights of the branches with maps, the others', gammas and betas."""
     dense, tail = (sum(weight.numel() for weight in part) for part in (weights[:made], weights[made:]))
     norms = len(weights) * len(weights[0])
-    parts = pack.split([dense, tail, norms, norms])
-    return (*parts[:2], *(part.view(len(weights), -1) for part in parts[2:]))
+    return pack.split([dense, tail, norms, norms])
 
 
 def _made(weights: Sequence[Tensor]) -> int:
@@ -126,25 +134,25 @@ def _norm_branches(
 ) -> List[Tensor]:
     """The output, channels-last as ``x`` is, mean and variance of every branch, and what the backward pass needs.
 
-    The last are the maps, of those branches that have one, and all parameters, or what ``norm_small.kept`` says.
+    The last are all parameters, and the maps of those branches that have one, or what ``norm_small.kept`` says.
     """
     x = x.contiguous(memory_format=torch.channels_last)
+    pack = _room_for_all(x, weights)
+    torch.cat([t.reshape(-1) for t in (*weights, *gammas, *betas)], out=pack)
     if _small(x, weights, dilations):
-        out, *rest = norm_small.forward(orders.planes(x)[0], weights, dilations, gammas, betas, eps)
-        return [orders.add(out[None]), *rest]
+        out, mean, var, *kept = norm_small.forward(orders.planes(x)[0], pack, weights, dilations, eps)
+        return [orders.add(out[None]), mean, var, pack, *kept]
     from .norm_kernels import branch_statistics_kernel
 
     channels, branches, made = x.shape[1], len(weights), _made(weights)
     y, rest, tail, first = x.new_empty((made, *x.shape)), None, None, None
-    pack = x.new_empty((_packed_size(weights),), dtype=torch.float32)
-    torch.cat([t.reshape(-1) for t in (*weights, *gammas, *betas)], out=pack)
     dense, dilated, gamma, beta = _unpacked(pack, weights, made)
     sizes = _sizes(weights)[:made]
     with Lanes(x.device) as lanes:
         if made < branches:
             with lanes.lane(1):
                 rest, tail, first = norm_dilated.maps(x, dilated, dilations[made:])
-        (planes,), bands = orders.planes(x), _launch_bands(x, dense, sizes, dilations, False)
+        (planes,), bands = orders.planes(x), _bands(x, dense, sizes, dilations, False)
         for n, (band, size, dilation) in enumerate(zip(bands, sizes, dilations)):
             lanes.hold(n)
             with lanes.lane(n):
@@ -158,19 +166,17 @@ def _norm_branches(
             p['vectors'], y.stride(0), p['splits'], x.numel() // channels,
             N=branches, NB=power_of_two(branches), T=branches - made, ROWS=p['sums']['NB'], V=p['sums']['V'], BC=16,
         )  # fmt: skip
-    return [orders.add(y, rest, factor, shift), mean, var, y, pack]
+    return [orders.add(y, rest, factor, shift), mean, var, pack, y]
 
 
 @_norm_branches.register_fake
 def _(x, weights, dilations, gammas, betas, eps):
     branches, channels = len(weights), x.shape[1]
     statistics = [x.new_empty((branches, channels), dtype=torch.float32) for _ in range(2)]
-    if _small(x, weights, dilations):
-        kept = norm_small.kept(x, weights, dilations)
-    else:
-        pack = x.new_empty((_packed_size(weights),), dtype=torch.float32)
-        kept = [x.new_empty((_made(weights), *x.shape)), pack]
-    return [torch.empty_like(x, memory_format=torch.channels_last), *statistics, *kept]
+    small = _small(x, weights, dilations)
+    kept = norm_small.kept(x, weights, dilations) if small else [x.new_empty((_made(weights), *x.shape))]
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    return [out, *statistics, _room_for_all(x, weights), *kept]
 
 
 @torch.library.custom_op('mmoverlock::depthwise_conv2d_norm_branches_backward', mutates_args=())
@@ -190,7 +196,7 @@ def _gradients(
         return [*found[:-1], orders.add(found[-1][None])] if input_grad else found
     from .norm_kernels import branch_grad_kernel, branch_slopes_kernel
 
-    y, pack = kept
+    pack, y = kept
     (batch, channels, *_), branches, made = x.shape, len(weights), _made(weights)
     p = plan(x.shape, made)
     slopes = x.new_empty((3, branches, channels), dtype=torch.float32)
@@ -203,7 +209,7 @@ def _gradients(
             with lanes.lane(0):
                 rest, tail, _ = norm_dilated.maps(x, dilated, steps, grad, mean[made:])
         if input_grad:
-            bands = _launch_bands(x, dense, sizes, dilations, True)
+            bands = _bands(x, dense, sizes, dilations, True)
         dout, planes = orders.planes(grad, x)
         sums = _sums(y, dout, mean)
         lanes.wait_for(0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..sums import add_up
-from ..triton_common import cdiv, on, power_of_two
+from ..triton_common import cdiv, on, power_of_two, vector_of
 
 _BRANCHES = 4  # at most
 
@@ -50,7 +50,7 @@ def plan(shape, dilations: Tuple[int, ...], tuning: Tuning) -> Tuple[Tuple[int, 
     """Sizes and constants of the kernels that walk, programs to launch, and how many have the same channels."""
     batch, channels, height, width = shape
     branches, columns = len(dilations), tuning.columns
-    vector = next(v for v in (8, 4, 2, 1) if channels % v == 0)
+    vector = vector_of(channels)
     groups = max(d * cdiv(cdiv(width, d), columns) for d in dilations)
     across = min(power_of_two(channels), max(64, tuning.tile // power_of_two(groups)))  # 64: a line of the cache
     beside = tuning.tile // across

@@ -140,10 +140,7 @@ def branch_slopes_kernel(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def branch_grad_kernel(
-    grad, y, slopes, out, C, PLANES, HWV, FAR,
-    N: tl.constexpr, V: tl.constexpr, BX: tl.constexpr, PX: tl.constexpr,
-):  # fmt: skip
+def branch_grad_kernel(grad, y, slopes, out, C, PLANES, HWV, FAR, V: tl.constexpr, BX: tl.constexpr, PX: tl.constexpr):
     """The gradient of one branch's map; ``y`` and ``slopes`` begin at that branch, whose slopes are FAR apart."""
     at, c, inside = _planes(C, PLANES, HWV * V, BX, PX)
     g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)

@@ -9,8 +9,8 @@ from typing import List, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from ..triton_common import HALF, on, power_of_two
-from .triton import _launch_conv, _launch_weight_grad, launch_bands
+from ..triton_common import HALF, on, power_of_two, vector_of
+from .triton import _launch_bands, _launch_conv, _launch_weight_grad
 
 _MOST = 16  # rows and columns of a map, and of the window: matrices over the pixels grow with the fourth power
 _BRANCHES = 8
@@ -32,7 +32,7 @@ def takes(shape, dtype: torch.dtype, sizes: Sequence[int], dilations: Sequence[i
 def plan(shape, sizes: Tuple[int, ...], dilations: Tuple[int, ...], eps: Tuple[float, ...]) -> dict:
     """Constants of the kernels and sizes that follow from those of the call."""
     batch, channels, _, width = shape
-    vector = next(v for v in (8, 4, 2, 1) if width % v == 0)
+    vector = vector_of(width)
     images = min(64, max(16, power_of_two(batch)))
     count = dict(N=len(sizes), NB=power_of_two(len(sizes)))
     kernels = dict(SIZES=sizes, DILATIONS=dilations)
@@ -56,18 +56,17 @@ def _plan(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int], eps: S
 
 
 def kept(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> List[Tensor]:
-    """Room in float32 for what the backward pass needs: pack, dense, merged, moments, sums."""
+    """Room in float32 for what the backward pass needs beside the packed parameters: dense, merged, moments, sums."""
     sizes, channels = [w.shape[-1] for w in weights], x.shape[1]
     branches, side = len(sizes), window(sizes, dilations)
     shapes = (
-        (channels * (sum(k * k for k in sizes) + 2 * branches),), (channels, branches, side, 16),
-        (channels, 1, side, side), (channels, branches, side, 16), (channels, side, 16),
+        (channels, branches, side, 16), (channels, 1, side, side), (channels, branches, side, 16), (channels, side, 16),
     )  # fmt: skip
     return [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
-def forward(x: Tensor, weights, dilations, gammas, betas, eps) -> List[Tensor]:
-    """Output, mean and variance, and what the backward pass needs: see ``kept``."""
+def forward(x: Tensor, pack: Tensor, weights, dilations, eps) -> List[Tensor]:
+    """Output, mean and variance, and what the backward pass needs: see ``kept``. Of the weights the sizes count."""
     from .norm_small_kernels import gram_kernel, moments_kernel, spread_kernel, statistics_kernel, window_sums_kernel
 
     batch, channels, height, width = x.shape
@@ -75,8 +74,7 @@ def forward(x: Tensor, weights, dilations, gammas, betas, eps) -> List[Tensor]:
     side = p['side']
     mean, var = (x.new_empty((branches, channels), dtype=torch.float32) for _ in range(2))
     shift, out = x.new_empty((channels,), dtype=torch.float32), torch.empty_like(x)
-    pack, dense, merged, moments, sums = found = kept(x, weights, dilations)
-    torch.cat([t.reshape(-1) for t in (*weights, *gammas, *betas)], out=pack)
+    dense, merged, moments, sums = found = kept(x, weights, dilations)
     gram = x.new_empty((channels, height * 16, 256), dtype=torch.float32)
     pixel_sums = x.new_empty((channels, 256), dtype=torch.float32)
     windows = x.new_empty((channels, side * 16, 256), dtype=torch.float32)
@@ -125,7 +123,7 @@ def backward(
         matrices_kernel[(channels * -(-height // p['matrices']['BD']),)](
             left, right, own, height, width, side, **p['matrices']
         )
-        (band,) = launch_bands(x, merged, [(side, 1, -(side // 2), 16, 16)], True)
+        (band,) = _launch_bands(x, merged, [(side, 1, -(side // 2), 16, 16)], True)
         tiles = -(-height * 16 // p['product']['BN']) * -(-batch // p['product']['BM'])
         input_grad_kernel[(channels * tiles,)](
             x, grad, own, band, scale, rest, dx, batch, channels, height, p['vectors'], side, **p['product']

@@ -9,7 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ..triton_common import cdiv, on, power_of_two
+from ..triton_common import cdiv, on, power_of_two, vector_of
 
 _PIXELS, _CHANNELS, _WARPS = 64, 32, 4  # of a tile, and of a program
 
@@ -17,7 +17,7 @@ _PIXELS, _CHANNELS, _WARPS = 64, 32, 4  # of a tile, and of a program
 def _tiles(x: Tensor):
     """Programs for all tiles; sizes that ``orders_kernels`` says, C, HWV, TILES and FAR; constants."""
     (batch, channels), pixels = x.shape[:2], x.shape[2] * x.shape[3]
-    row, column = (next(v for v in (8, 4, 2, 1) if n % v == 0) for n in (channels, pixels))
+    row, column = (vector_of(n) for n in (channels, pixels))
     across = min(_CHANNELS, power_of_two(channels))
     tiles = cdiv(pixels, _PIXELS)
     sizes = (channels // row, pixels // column, tiles, x.numel() // (row * column))

@@ -16,6 +16,7 @@ from ..triton_common import (
     on,
     power_of_two,
     refuse_tensors,
+    vector_of,
 )
 from .reference import conv3x3_reference
 
@@ -86,7 +87,7 @@ def plan(shape, own: Tuple[int, ...], programs: int, tuning: Tuning) -> Tuple[Tu
         tuning (Tuning): Tile and warps.
     """
     batch, channels, height, width = shape
-    vector = next(v for v in (8, 4, 2, 1) if channels % v == 0)
+    vector = vector_of(channels)
     columns = min(own, key=lambda n: -(-width // n) * n)
     together, across, lanes, beside = _beside(shape, columns, tuning)
     strips = max(1, min(cdiv(programs, beside), height // 7))

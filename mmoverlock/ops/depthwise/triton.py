@@ -274,20 +274,18 @@ def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, flip
 def _launch_conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], dilation: int, flip: bool, out: Tensor, add=False):
     """Writes the convolution of a contiguous map to ``out``, or adds it."""
     size = weight.shape[-1]
-    (band,) = _launch_bands(x, weight.contiguous(), [size], [dilation], flip)
+    (band,) = _bands(x, weight.contiguous(), [size], [dilation], flip)
     _launch_product(x, band, size, dilation, out, bias, add)
 
 
-def _launch_bands(
-    x: Tensor, weights: Tensor, sizes: Sequence[int], dilations: Sequence[int], flip: bool
-) -> List[Tensor]:
+def _bands(x: Tensor, weights: Tensor, sizes: Sequence[int], dilations: Sequence[int], flip: bool) -> List[Tensor]:
     """Kernels as the matrices that windows of ``x`` are multiplied with; ``weights`` one after another in memory."""
     plans = [forward_launch(x, size, dilation)[0] for size, dilation in zip(sizes, dilations)]
     specs = [(k, p.dilation, p.reach, p.window[1], p.tile[1]) for k, p in zip(sizes, plans)]
-    return launch_bands(x, weights, specs, flip)
+    return _launch_bands(x, weights, specs, flip)
 
 
-def launch_bands(x: Tensor, weights: Tensor, specs: Sequence[Tuple[int, ...]], flip: bool) -> List[Tensor]:
+def _launch_bands(x: Tensor, weights: Tensor, specs: Sequence[Tuple[int, ...]], flip: bool) -> List[Tensor]:
     """As ``depthwise_band_kernel``, in the type of ``x``: (C, K, BU, BN) of every spec, (K, DIL, REACH, BU, BN)."""
     from .triton_kernels import depthwise_band_kernel
 

@@ -11,7 +11,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..triton_common import definition_gradients, differentiated_again, on, power_of_two, refuse_tensors
+from ..triton_common import definition_gradients, differentiated_again, on, power_of_two, refuse_tensors, vector_of
 from .reference import excite_reference
 
 
@@ -61,7 +61,7 @@ def excite_triton(*args: Tensor) -> Tensor:
 @lru_cache(maxsize=1024)
 def plan(batch: int, channels: int, hidden: int, tuning: Tuning) -> Tuple[Tuple[int, int, int], dict, dict]:
     """Sizes C, E, SHARES of the kernels of images, their constants, and those of the weights' gradients."""
-    vectors = dict(zip('VW', (next(v for v in (8, 4, 2, 1) if size % v == 0) for size in (channels, hidden))))
+    vectors = dict(zip('VW', (vector_of(size) for size in (channels, hidden))))
     across = max(16, power_of_two(hidden))
     block = max(16, min(power_of_two(channels), tuning.tile // across))
     least, most = tuning.warps
