@@ -581,10 +581,11 @@ class Row:
         if job.form in ('merged', 'deploy'):
             reshape(model, job.form)
         model.train(job.mode == 'train')
-        layout = torch.channels_last if job.layout == 'nhwc' else torch.contiguous_format
         dtype = DTYPES[job.dtype] if job.dtype.endswith('-pure') else torch.float32
-        self.model = model.to(dtype=dtype, memory_format=layout)
-        self.image = self.truth.image.to(dtype=dtype, memory_format=layout)
+        self.model, self.image = model.to(dtype), self.truth.image.to(dtype)
+        if job.layout == 'nhwc':  # the model otherwise as it comes: switch_to_deploy has put weights in this order
+            self.model = self.model.to(memory_format=torch.channels_last)
+            self.image = self.image.to(memory_format=torch.channels_last)
         backbones = [m for m in self.model.modules() if isinstance(m, OverLoCK)]
         if not self.cuda and job.backend == 'reference':
             for backbone in backbones:  # the plain definition: PyTorch's own order of memory, too
