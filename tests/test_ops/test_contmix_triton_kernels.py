@@ -83,6 +83,19 @@ def test_equals_definition(shape):
     assert max(errors(arguments(*shape))) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize('shape', [SHAPES[n] for n in (1, 2, 3, 9)])
+def test_both_windows_by_one_program(shape, monkeypatch):
+    """What many images or heads have; the shapes above are few, and either window has a program of its own."""
+    import dataclasses
+
+    from mmoverlock.ops.contmix import shared
+
+    args = arguments(*shape)
+    assert shared.Plan.of(args[0], args[4], args[5], args[6]).few(shape[0])
+    monkeypatch.setattr(shared, 'TUNING', dataclasses.replace(shared.TUNING, programs=0))
+    assert max(errors(args)) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize('width', [6, 7])  # shared windows, and the general kernels
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 def test_half_precision(dtype, width):
@@ -142,16 +155,16 @@ def test_products_of_one_chunk_at_a_time(monkeypatch):
     from mmoverlock.ops.contmix import shared
 
     args = arguments(3, 1, 2, 4, 3, 1, 3, 4, 2)
-    made, products = [], shared._products
+    made, prepare = [], shared._prepare
 
     def counted(*inputs):
         assert all(product() is None for product in made)
-        out = products(*inputs)
-        made.append(weakref.ref(out))
+        out = prepare(*inputs)
+        made.append(weakref.ref(out[0]))
         return out
 
     monkeypatch.setattr(shared, 'TUNING', dataclasses.replace(shared.TUNING, whole=0, share=0.0, sums=0.0, floor=1))
-    monkeypatch.setattr(shared, '_products', counted)
+    monkeypatch.setattr(shared, '_prepare', counted)
     torch.autograd.grad(fused(*args), args, torch.randn_like(args[-1]))
     assert len(made) == 6  # three each way
 

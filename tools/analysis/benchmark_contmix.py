@@ -424,11 +424,13 @@ def resources(cases, capability=90):
         if _shares(shape):
             module = shared_kernels
             plan = shared.Plan(batch, groups, height, width, dim, channels, (small, large))
-            names = dict(forward='forward', query='query_grad', value='value_grad', table='table_grad')
-            names['product'] = 'product_grad'
-            constants = [plan.constants(k, True, torch.empty(1, 1)) for k in names]
-            constants += [plan.key_constants(16, True), plan.key_constants(32, True)]
-            kernels = [f'contmix_shared_{k}_kernel' for k in (*names.values(), 'product', 'key_grad')]
+            names = dict(query='query_grad', value='value_grad', table='table_grad', product='product_grad')
+            constants = [dict(plan.constants('forward', True, torch.empty(1, 1)), APART=apart) for apart in (0, 1)]
+            constants += [plan.constants(k, True, torch.empty(1, 1)) for k in names]
+            constants += [plan.prepare_constants(rows, True) for rows in (1, 10**6)]
+            constants.append(plan.key_constants(32, True))
+            kernels = ['forward', 'forward', *names.values(), 'prepare', 'prepare', 'key_grad']
+            kernels = [f'contmix_shared_{k}_kernel' for k in kernels]
         else:
             module = general_kernels
             kernels = [f'contmix_{k}_kernel' for k in ('forward', 'query_grad', 'value_grad', 'product_grad')]

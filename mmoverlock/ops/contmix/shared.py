@@ -1,7 +1,7 @@
 """Launches the kernels of ``shared_kernels``: ContMix on maps where many positions share the large window."""
 
 from dataclasses import dataclass
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,10 @@ class Tuning:
         table (tuple): ... of the gradients of the biases, and ...
         product (tuple): ... of the gradient of M.
         positions (int): Positions of a tile.
+        programs (int): Programs of the kernel of the output up to which either window gets programs of its own.
         cells (int): Cells of the map taken at once.
+        key_cells (int): Cells of the context taken at once for the products of keys and weight.
+        few_rows (int): Rows of the keys up to which a program takes 16 of them, not 64.
         whole (int): Bytes that the products of keys and weight may take of a whole batch. Larger batches are taken in
             chunks, ...
         share (float): ... to keep their products to this share of one logits tensor.
@@ -38,7 +41,10 @@ class Tuning:
     table: Tuple[int, int, int] = (64, 4, 0)
     product: Tuple[int, int, int] = (64, 4, 168)
     positions: int = 64
+    programs: int = 66
     cells: int = 64
+    key_cells: int = 32
+    few_rows: int = 1024
     whole: int = 13 * 2**20
     share: float = 0.033
     sums: float = 0.02
@@ -49,6 +55,8 @@ TUNING = Tuning()
 
 _COLUMNS = 64  # columns of M for the large window are a multiple of this
 _ROWS = 64  # rows of the keys that a program takes at once
+_FEW_ROWS = 16  # the same where there are few
+_NUMBERS = 1024  # of the table, of a program
 _PARTS = 20  # parts of the keys that are summed apart for the gradient of the weight
 
 #: False lets the general kernels serve these maps, too: to compare, tools/analysis/benchmark_contmix.py --general.
@@ -83,6 +91,10 @@ class Plan(Sizes):
         height, width = self.sides
         parts = -(-height // (TUNING.positions // max(4, power_of_two(width))))
         return self.height // height * (self.width // width) * parts
+
+    def few(self, batch: int) -> bool:
+        """Whether so many images have so few tiles that most of a GPU would be empty."""
+        return batch * self.groups * self.tiles <= TUNING.programs
 
     @property
     def reach(self) -> Tuple[int, int]:
@@ -127,6 +139,12 @@ class Plan(Sizes):
         known = dict(BD=self.padded_dim, BR=_ROWS, BL=cells, BN=64, HALF=half)
         return dict(self.window_constants, **known, num_warps=4, num_stages=1)
 
+    def prepare_constants(self, rows: int, half: bool) -> dict:
+        """For the kernel that prepares a forward pass, with so many rows of keys."""
+        taken = _FEW_ROWS if rows <= TUNING.few_rows else _ROWS
+        known = self.key_constants(TUNING.key_cells, half)
+        return dict(known, BR=taken, BX=_NUMBERS, H=self.height, W=self.width)
+
     def constants(self, kernel: str, half: bool, *tensors: Tensor) -> dict:
         columns, warps, registers = getattr(TUNING, kernel)
         far = 64 * max(abs(s) for t in tensors for s in t.stride()[1:])
@@ -150,18 +168,29 @@ class Plan(Sizes):
         )
 
 
-def _products(key: Tensor, weight: Tensor, plan: Plan) -> Tensor:
-    """M = key · weightᵀ: (B, G, N1 + N2, padded D) in fp32, 0 in the padding."""
-    from .shared_kernels import contmix_shared_product_kernel
+def _prepare(key, weight, bias, rpb1, rpb2, plan: Plan, table: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+    """What the kernels read in place of the parameters, in one launch.
+
+    Returns:
+        tuple[Tensor, Tensor]: M = key · weightᵀ: (B, G, N1 + N2, padded D) in fp32, 0 in the padding; and the table,
+        unless there is one: (G, H, W, N1 + N2) in fp32: bias and position bias of every position, -inf in the padding.
+    """
+    from .shared_kernels import contmix_shared_prepare_kernel
 
     columns = sum(plan.padded)
-    out = key.new_empty((*key.shape[:2], columns, plan.padded_dim), dtype=torch.float32)
+    products = key.new_empty((*key.shape[:2], columns, plan.padded_dim), dtype=torch.float32)
     rows = len(key) * plan.groups * plan.padded_dim
-    contmix_shared_product_kernel[(-(-rows // _ROWS) * -(-columns // 64),)](
-        key, weight, out, *key.stride(), plan.groups, plan.dim, rows, key.shape[3],
-        **plan.key_constants(16, key.dtype in HALF),
+    constants = plan.prepare_constants(rows, key.dtype in HALF)
+    programs = -(-rows // constants['BR']) * -(-columns // constants['BN'])
+    tables = 0
+    if table is None:
+        table = key.new_empty((plan.groups, plan.height, plan.width, columns), dtype=torch.float32)
+        tables = -(-table.numel() // constants['BX'])
+    contmix_shared_prepare_kernel[(programs + tables,)](
+        key, weight, products, bias.contiguous(), rpb1.contiguous(), rpb2.contiguous(), table, *key.stride(),
+        plan.groups, plan.dim, rows, key.shape[3], programs, **constants,
     )  # fmt: skip
-    return out
+    return products, table
 
 
 def _key_grad(key: Tensor, weight: Tensor, dproducts: Tensor, dkey: Tensor, dweight: Tensor, add: bool, plan) -> None:
@@ -175,18 +204,6 @@ def _key_grad(key: Tensor, weight: Tensor, dproducts: Tensor, dkey: Tensor, dwei
         key, weight, dproducts, dkey, dweight, *key.stride(), *dkey.stride(), plan.groups, plan.dim, rows, length,
         parts, step, int(add), **plan.key_constants(32, key.dtype in HALF),
     )  # fmt: skip
-
-
-def _table(bias: Tensor, rpb1: Tensor, rpb2: Tensor, plan: Plan) -> Tensor:
-    """(G, H, W, N1 + N2) in fp32: bias and position bias of every position, -inf in the padding."""
-    from .shared_kernels import contmix_shared_table_kernel
-
-    table = bias.new_empty((plan.groups, plan.height, plan.width, sum(plan.padded)), dtype=torch.float32)
-    contmix_shared_table_kernel[(plan.groups * plan.height * plan.width,)](
-        bias.contiguous(), rpb1.contiguous(), rpb2.contiguous(), table,
-        **plan.table_constants, BX=power_of_two(sum(plan.padded)), num_warps=2,
-    )  # fmt: skip
-    return table
 
 
 def _cells(bias: Tensor, rpb2: Tensor, plan: Plan) -> Tensor:
@@ -207,15 +224,16 @@ def forward(query, key, weight, bias, rpb1, rpb2, value, out, lse, train) -> Non
     from .shared_kernels import contmix_shared_forward_kernel
 
     plan = Plan.of(query, rpb1, rpb2, value)
-    weight, table = weight.contiguous(), _table(bias, rpb1, rpb2, plan)
-    constants = plan.constants('forward', query.dtype in HALF, query, value, out)
+    weight, table = weight.contiguous(), None
     step = plan.chunk(train)
+    few = plan.few(step)
+    constants = plan.constants('forward', query.dtype in HALF, query, value, out)
     for first in range(0, plan.batch, step):
         part = slice(first, first + step)
-        products = _products(key[part], weight, plan)
-        contmix_shared_forward_kernel[(len(products) * plan.groups * plan.tiles,)](
+        products, table = _prepare(key[part], weight, bias, rpb1, rpb2, plan, table)
+        contmix_shared_forward_kernel[(len(products) * plan.groups * plan.tiles * (1 + few),)](
             query[part], products, table, value[part], out[part], lse[part],
-            *query.stride(), *value.stride(), *out.stride(), *plan.sizes, **constants,
+            *query.stride(), *value.stride(), *out.stride(), *plan.sizes, **constants, APART=few,
         )  # fmt: skip
         del products  # before the next chunk's are made
 
@@ -225,21 +243,21 @@ def backward(grad, query, key, weight, bias, rpb1, rpb2, value, out, lse, dquery
     from .shared_kernels import contmix_shared_position_bias_grad_kernel
 
     plan = Plan.of(query, rpb1, rpb2, value)
-    weight, table, cells = weight.contiguous(), _table(bias, rpb1, rpb2, plan), _cells(bias, rpb2, plan)
+    weight, table, cells = weight.contiguous(), None, _cells(bias, rpb2, plan)
     rows = plan.batch * plan.groups * plan.padded_dim
-    dweight = table.new_empty(min(_PARTS, -(-rows // _ROWS)), sum(plan.padded), weight.shape[1])
-    dtables = [table.new_empty(plan.splits(), *table.shape[:3], n) for n in plan.padded]
+    dweight = cells.new_empty(min(_PARTS, -(-rows // _ROWS)), sum(plan.padded), weight.shape[1])
+    dtables = [cells.new_empty(plan.splits(), *cells.shape[:3], n) for n in plan.padded]
     step = plan.chunk()
     for first in range(0, plan.batch, step):
         part = slice(first, first + step)
-        products = _products(key[part], weight, plan)
+        products, table = _prepare(key[part], weight, bias, rpb1, rpb2, plan, table)
         _chunk_backward(
             plan, grad[part], query[part], products, table, cells, value[part], out[part], lse[part], dquery[part],
             dvalue[part], dtables, first > 0,
         )  # fmt: skip
         _key_grad(key[part], weight, products, dkey[part], dweight, first > 0, plan)
         del products  # before the next chunk's are made
-    drpb = [table.new_empty(plan.groups, 2 * window - 1, 2 * window - 1) for window in plan.windows]
+    drpb = [cells.new_empty(plan.groups, 2 * window - 1, 2 * window - 1) for window in plan.windows]
     contmix_shared_position_bias_grad_kernel[(plan.groups * sum(2 * k - 1 for k in plan.windows),)](
         *dtables, *drpb, plan.splits(), plan.splits(), plan.groups,
         **plan.table_constants, BU=power_of_two(2 * plan.windows[1] - 1), BP=32, num_warps=4,
@@ -258,7 +276,7 @@ def _chunk_backward(
     from . import shared_kernels as kernels
 
     batch = len(query)
-    heads = batch * plan.groups
+    heads, tiles = batch * plan.groups, plan.tiles
     delta = torch.empty_like(lse)
     strides = *query.stride(), *value.stride(), *grad.stride()
 
@@ -271,12 +289,12 @@ def _chunk_backward(
                 query, products, table, cells, lse, grad, dvalue,
                 *query.stride(), *grad.stride(), *dvalue.stride(), *plan.sizes, **constants('value'),
             )  # fmt: skip
-        kernels.contmix_shared_query_grad_kernel[(heads * plan.tiles,)](
+        kernels.contmix_shared_query_grad_kernel[(heads * tiles,)](
             query, products, table, value, out, lse, grad, dquery, delta, *query.stride(), *value.stride(),
             *out.stride(), *grad.stride(), *dquery.stride(), *plan.sizes, **constants('query'),
         )  # fmt: skip
         splits, chunks = plan.splits(), 1 + plan.padded[1] // TUNING.table[0]
-        kernels.contmix_shared_table_grad_kernel[(splits * chunks * plan.tiles * plan.groups,)](
+        kernels.contmix_shared_table_grad_kernel[(splits * chunks * tiles * plan.groups,)](
             query, products, table, value, lse, delta, grad, *dtables, *strides, *plan.sizes, batch, splits, splits,
             int(add), **constants('table'),
         )  # fmt: skip

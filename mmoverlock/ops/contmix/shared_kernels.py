@@ -24,7 +24,7 @@ import triton.language as tl
 from .general_kernels import _exp, _gather, _start
 
 # Compiled once for all batches and heads; but for each of the four maps that a window has, where this saves divisions.
-_SIZES = ('G', 'D', 'E', 'BATCH', 'SPLITS1', 'SPLITS2', 'ADD', 'ROWS', 'L', 'PARTS', 'STEP')
+_SIZES = ('G', 'D', 'E', 'BATCH', 'SPLITS1', 'SPLITS2', 'ADD', 'ROWS', 'L', 'PARTS', 'STEP', 'PRODUCTS')
 
 
 @triton.jit
@@ -137,6 +137,60 @@ def _to_cells(p, i, j, r, c, H, W, K: tl.constexpr, BN: tl.constexpr, BT: tl.con
     return _gather(p, index)
 
 
+@triton.jit
+def _mix_small(
+    q_t, m, table, v, out, lse, position, i, j, real, row, col, svc, svh, svw, soc, soh, sow, E,
+    H: tl.constexpr, W: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+    BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Mixed values of a tile by the small window, which moves; (row, col) is the tile's first position."""
+    n = tl.arange(0, N)
+    logits = _logits(q_t, _load_rows_of_m(m, n, BD), tl.load(table + n[None, :]), HALF)
+    top = tl.max(logits, 1)
+    p = _exp(logits - top[:, None])
+    total = tl.sum(p, 1)
+    tl.store(lse + position, top + tl.log(total), mask=real)
+    p = p.to(v.dtype.element_ty)
+    row = _start(row, H, K)
+    col = _start(col, W, K)
+    # Channels along the rows: of the other way round, ptxas of CUDA 12.8 makes code that reads a register before it is
+    # written, for half precision. tools/analysis/benchmark_contmix.py --only resources looks for that.
+    mixed_t = tl.zeros((BE, BT), tl.float32)
+    for first in range(0, RH * RW, BC):
+        cell = first + tl.arange(0, BC)
+        r = row + cell // RW
+        c = col + cell % RW
+        values = _load(v, tl.minimum(r, H - 1), c, svc, svh, svw, E, BE, WIDE)
+        spread = _to_cells(p, i, j, r, c, H, W, K, N, BT, BC)
+        mixed_t = tl.dot(values, tl.trans(spread.to(values.dtype)), mixed_t, input_precision='tf32x3')
+    _store(out, tl.trans(mixed_t / total[None, :]), i, j, soc, soh, sow, E, real, BE, WIDE)
+
+
+@triton.jit
+def _mix_large(
+    q_t, m, table, v, out, lse, position, i, j, real, row, col, svc, svh, svw, soc, soh, sow, E,
+    K: tl.constexpr, N: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr,
+    HALF: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Mixed values of a tile by the large window, at (row, col) for all of it; the softmax is flash attention's."""
+    top = tl.full((BT,), float('-inf'), tl.float32)
+    total = tl.zeros((BT,), tl.float32)
+    mixed = tl.zeros((BT, BE), tl.float32)
+    for first in range(0, N, BN):
+        n = first + tl.arange(0, BN)
+        logits = _logits(q_t, _load_rows_of_m(m, n, BD), tl.load(table + n[None, :]), HALF)
+        r, c = _window_cells(n, row, col, K)
+        values = _load(v, r, c, svc, svh, svw, E, BE, WIDE)
+        higher = tl.maximum(top, tl.max(logits, 1))
+        p = _exp(logits - higher[:, None])
+        scale = _exp(top - higher)
+        total = total * scale + tl.sum(p, 1)
+        mixed = tl.dot(p.to(values.dtype), tl.trans(values), mixed * scale[:, None], input_precision='tf32x3')
+        top = higher
+    tl.store(lse + position, top + tl.log(total), mask=real)
+    _store(out, mixed / total[:, None], i, j, soc, soh, sow, E, real, BE, WIDE)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def contmix_shared_forward_kernel(
     q, m, table, v, out, lse,
@@ -145,13 +199,22 @@ def contmix_shared_forward_kernel(
     H: tl.constexpr, W: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, RH: tl.constexpr, RW: tl.constexpr,
     TILES: tl.constexpr, K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BN: tl.constexpr,
     BD: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+    APART: tl.constexpr,
 ):  # fmt: skip
-    """Mixed values of one tile of one head, and the log-sum-exp (B, G, 2, H, W) of both softmaxes."""
+    """Mixed values of one tile of one head, and the log-sum-exp (B, G, 2, H, W) of both softmaxes.
+
+    APART: either window by a program of its own.
+    """
     N: tl.constexpr = N1 + N2
-    head = (tl.program_id(0) // TILES).to(tl.int64)
+    program = tl.program_id(0)
+    large = 0
+    if APART:
+        large = program % 2
+        program = program // 2
+    head = (program // TILES).to(tl.int64)
     batch = head // G
     group = head % G
-    i, j, real, row, col = _tile(tl.program_id(0) % TILES, W, K2, SH, SW, BT)
+    i, j, real, row, col = _tile(program % TILES, W, K2, SH, SW, BT)
     position = i * W + j
     q_t = _load(q + batch * sqb + group * sqg, i, j, sqd, sqh, sqw, D, BD, WIDE).to(tl.float32)
     m += head * N * BD
@@ -159,45 +222,30 @@ def contmix_shared_forward_kernel(
     table += (group * H * W + position[:, None]) * N
     v += batch * svb
     out += batch * sob
-
-    n1 = tl.arange(0, N1)
-    logits1 = _logits(q_t, _load_rows_of_m(m, n1, BD), tl.load(table + n1[None, :]), HALF)
-    top = tl.max(logits1, 1)
-    p1 = _exp(logits1 - top[:, None])
-    total = tl.sum(p1, 1)
-    tl.store(lse + position, top + tl.log(total), mask=real)
-    p1 = p1.to(v.dtype.element_ty)
-    row1 = _start(row * SH, H, K1)
-    col1 = _start(col * SW, W, K1)
-    # Channels along the rows: of the other way round, ptxas of CUDA 12.8 makes code that reads a register before it is
-    # written, for half precision. tools/analysis/benchmark_contmix.py --only resources looks for that.
-    mixed_t = tl.zeros((BE, BT), tl.float32)
-    for first in range(0, RH * RW, BC):
-        cell = first + tl.arange(0, BC)
-        r1 = row1 + cell // RW
-        c1 = col1 + cell % RW
-        values1 = _load(v + group * E * svc, tl.minimum(r1, H - 1), c1, svc, svh, svw, E, BE, WIDE)
-        spread = _to_cells(p1, i, j, r1, c1, H, W, K1, N1, BT, BC)
-        mixed_t = tl.dot(values1, tl.trans(spread.to(values1.dtype)), mixed_t, input_precision='tf32x3')
-    _store(out + group * E * soc, tl.trans(mixed_t / total[None, :]), i, j, soc, soh, sow, E, real, BE, WIDE)
-
-    # The large window: values share their place, the softmax is that of flash attention.
-    top = tl.full((BT,), float('-inf'), tl.float32)
-    total = tl.zeros((BT,), tl.float32)
-    mixed = tl.zeros((BT, BE), tl.float32)
-    for first in range(0, N2, BN):
-        n = first + tl.arange(0, BN)
-        logits = _logits(q_t, _load_rows_of_m(m + N1 * BD, n, BD), tl.load(table + N1 + n[None, :]), HALF)
-        r, c = _window_cells(n, row, col, K2)
-        values = _load(v + (group + G) * E * svc, r, c, svc, svh, svw, E, BE, WIDE)
-        higher = tl.maximum(top, tl.max(logits, 1))
-        p = _exp(logits - higher[:, None])
-        scale = _exp(top - higher)
-        total = total * scale + tl.sum(p, 1)
-        mixed = tl.dot(p.to(values.dtype), tl.trans(values), mixed * scale[:, None], input_precision='tf32x3')
-        top = higher
-    tl.store(lse + H * W + position, top + tl.log(total), mask=real)
-    _store(out + (group + G) * E * soc, mixed / total[:, None], i, j, soc, soh, sow, E, real, BE, WIDE)
+    v1 = v + group * E * svc
+    v2 = v + (group + G) * E * svc
+    out1 = out + group * E * soc
+    out2 = out + (group + G) * E * soc
+    if APART:
+        if large == 0:
+            _mix_small(
+                q_t, m, table, v1, out1, lse, position, i, j, real, row * SH, col * SW, svc, svh, svw, soc, soh, sow, E,
+                H, W, RH, RW, K1, N1, BD, BE, BT, BC, HALF, WIDE,
+            )  # fmt: skip
+        else:
+            _mix_large(
+                q_t, m + N1 * BD, table + N1, v2, out2, lse + H * W, position, i, j, real, row, col, svc, svh, svw, soc,
+                soh, sow, E, K2, N2, BN, BD, BE, BT, HALF, WIDE,
+            )  # fmt: skip
+    else:
+        _mix_small(
+            q_t, m, table, v1, out1, lse, position, i, j, real, row * SH, col * SW, svc, svh, svw, soc, soh, sow, E,
+            H, W, RH, RW, K1, N1, BD, BE, BT, BC, HALF, WIDE,
+        )  # fmt: skip
+        _mix_large(
+            q_t, m + N1 * BD, table + N1, v2, out2, lse + H * W, position, i, j, real, row, col, svc, svh, svw, soc,
+            soh, sow, E, K2, N2, BN, BD, BE, BT, HALF, WIDE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -547,18 +595,17 @@ def _places_of_m(row, n, N: tl.constexpr, BD: tl.constexpr):
     return ((row // BD).to(tl.int64) * (N * BD) + row % BD)[:, None] + (n * BD)[None, :]
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def contmix_shared_product_kernel(
-    key, weight, m,
-    skb, skg, skd, skl, G, D, ROWS, L,
+@triton.jit
+def _write_products(
+    program, key, weight, m, skb, skg, skd, skl, G, D, ROWS, L,
     K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BD: tl.constexpr,
     BR: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """M = key · weightᵀ to fp32 precision, 0 in the padding: a program BR channels of all heads' and BN columns."""
     N: tl.constexpr = N1 + N2
     CHUNKS: tl.constexpr = (N + BN - 1) // BN
-    row = tl.program_id(0) // CHUNKS * BR + tl.arange(0, BR)
-    n = tl.program_id(0) % CHUNKS * BN + tl.arange(0, BN)
+    row = program // CHUNKS * BR + tl.arange(0, BR)
+    n = program % CHUNKS * BN + tl.arange(0, BN)
     out = tl.zeros((BR, BN), tl.float32)
     for first in range(0, L, BL):
         column = first + tl.arange(0, BL)
@@ -570,6 +617,57 @@ def contmix_shared_product_kernel(
         else:
             out += tl.dot(x, w, input_precision='ieee')
     tl.store(m + _places_of_m(row, n, N, BD), out, mask=(row < ROWS)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def _write_table(
+    program, bias, rpb1, rpb2, table, G,
+    H: tl.constexpr, W: tl.constexpr, K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr,
+    BX: tl.constexpr,
+):  # fmt: skip
+    """(G, H, W, N1 + N2): bias plus position bias of every position, -inf in the padding; BX numbers a program."""
+    N: tl.constexpr = N1 + N2
+    place = program * BX + tl.arange(0, BX)
+    position = place // N
+    x = place % N
+    i = position % (H * W) // W
+    j = position % W
+    group = position // (H * W)
+    large = x >= N1
+    n = tl.where(large, x - N1, x)
+    k = tl.where(large, K2, K1)
+    a = tl.where(large, n // K2, n // K1)
+    b = n - a * k
+    u = tl.where(large, _start(i, H, K2), _start(i, H, K1)) - i + k - 1 + a
+    w = tl.where(large, _start(j, W, K2), _start(j, W, K1)) - j + k - 1 + b
+    side = 2 * k - 1
+    source = (group * side + u) * side + w
+    known = group < G
+    inside = (n < k * k) & known
+    value = tl.load(bias + tl.where(large, K1 * K1, 0) + n, mask=inside, other=float('-inf')).to(tl.float32)
+    value += tl.load(rpb1 + source, mask=inside & (x < N1), other=0.0).to(tl.float32)
+    value += tl.load(rpb2 + source, mask=inside & large, other=0.0).to(tl.float32)
+    tl.store(table + place, value, mask=known)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def contmix_shared_prepare_kernel(
+    key, weight, m, bias, rpb1, rpb2, table,
+    skb, skg, skd, skl, G, D, ROWS, L, PRODUCTS,
+    H: tl.constexpr, W: tl.constexpr, K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr,
+    BD: tl.constexpr, BR: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr, BX: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """What the forward pass reads: M by the first PRODUCTS programs, the table by those that come after them, if any.
+
+    Of one picture either takes hardly longer than a launch.
+    """
+    program = tl.program_id(0)
+    if program < PRODUCTS:
+        _write_products(
+            program, key, weight, m, skb, skg, skd, skl, G, D, ROWS, L, K1, N1, K2, N2, BD, BR, BL, BN, HALF
+        )
+    else:
+        _write_table(program - PRODUCTS, bias, rpb1, rpb2, table, G, H, W, K1, N1, K2, N2, BX)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -620,33 +718,6 @@ def contmix_shared_key_grad_kernel(
             real = ((channel < ROWS) & (channel % BD < D))[:, None] & (cell < L)[None, :]
             offsets = _places_of_keys(channel, cell, sdb, sdg, sdd, sdl, G, BD)
             tl.store(dkey + offsets, out.to(dkey.dtype.element_ty), mask=real)
-
-
-@triton.jit(do_not_specialize=_SIZES)
-def contmix_shared_table_kernel(
-    bias, rpb1, rpb2, table,
-    H: tl.constexpr, W: tl.constexpr,
-    K1: tl.constexpr, N1: tl.constexpr, K2: tl.constexpr, N2: tl.constexpr, BX: tl.constexpr,
-):  # fmt: skip
-    """(G, H, W, N1 + N2): bias plus position bias of one position, -inf in the padding."""
-    i = tl.program_id(0) % (H * W) // W
-    j = tl.program_id(0) % W
-    group = tl.program_id(0) // (H * W)
-    x = tl.arange(0, BX)
-    large = x >= N1
-    n = tl.where(large, x - N1, x)
-    k = tl.where(large, K2, K1)
-    a = tl.where(large, n // K2, n // K1)
-    b = n - a * k
-    u = tl.where(large, _start(i, H, K2), _start(i, H, K1)) - i + k - 1 + a
-    w = tl.where(large, _start(j, W, K2), _start(j, W, K1)) - j + k - 1 + b
-    side = 2 * k - 1
-    place = (group * side + u) * side + w
-    inside = (n < k * k) & (x < N1 + N2)
-    value = tl.load(bias + tl.where(large, K1 * K1, 0) + n, mask=inside, other=float('-inf')).to(tl.float32)
-    value += tl.load(rpb1 + place, mask=inside & (x < N1), other=0.0).to(tl.float32)
-    value += tl.load(rpb2 + place, mask=inside & large, other=0.0).to(tl.float32)
-    tl.store(table + tl.program_id(0).to(tl.int64) * (N1 + N2) + x, value, mask=x < N1 + N2)
 
 
 @triton.jit(do_not_specialize=_SIZES)
