@@ -32,7 +32,24 @@ from .layers import (
 CONTEXT_SIZE = 7
 
 
-class BaseBlock(nn.Module):
+class _ResidualBlock(nn.Module):
+    """The shortcuts of a block, which has ``res_scale``, ``drop_path`` and ``ffn``."""
+
+    def residual(self, x: Tensor, y: Tensor, layer_scale: nn.Module) -> Tensor:
+        """Shortcut ``x`` plus branch ``y``, the LayerScale on the one that ``res_scale`` says."""
+        if self.res_scale:
+            return layer_scale(x) + self.drop_path(y)
+        return x + self.drop_path(layer_scale(y))
+
+    def feed_forward(self, x: Tensor, y: Tensor, layer_scale: nn.Module) -> Tensor:
+        """``residual(x, ffn(y), layer_scale)``: one operator, unless something is done to the branch."""
+        plain = isinstance(layer_scale, nn.Identity)
+        if (self.training and self.drop_path.active) or not (self.res_scale or plain):
+            return self.residual(x, self.ffn(y), layer_scale)
+        return self.ffn(y, x, None if plain else layer_scale)
+
+
+class BaseBlock(_ResidualBlock):
     """Block of Base-Net and Overview-Net: a re-parameterised large kernel and a feed-forward half.
 
     ``RepConvBlock`` of the official code.
@@ -71,10 +88,8 @@ class BaseBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same."""
         x = self.dwconv(x)
-        y = self.ffn(self.se(self.bn(self.large_kernel(self.norm(x)))))
-        if self.res_scale:
-            return self.layer_scale(x) + self.drop_path(y)
-        return x + self.drop_path(self.layer_scale(y))
+        y = self.se(self.bn(self.large_kernel(self.norm(x))))
+        return self.feed_forward(x, y, self.layer_scale)
 
     def switch_to_deploy(self) -> None:
         """Folds the batch norm into the (merged) large kernel."""
@@ -138,7 +153,9 @@ class ContMixer(nn.Module):
 
     def operands(self, query: Tensor, key: Tensor) -> Tuple[Tensor, ...]:
         """The arguments of :func:`mmoverlock.ops.contmix` up to the values: what its kernels are made of."""
-        query = self.query(query) * self.scale
+        query = self.query(query)
+        if self.scale != 1:
+            query = query * self.scale
         key = self.key(adaptive_mean(key, CONTEXT_SIZE))
         return (
             query.unflatten(1, (self.groups, -1)),
@@ -148,6 +165,14 @@ class ContMixer(nn.Module):
             self.rpb1,
             self.rpb2,
         )
+
+    @torch.no_grad()
+    def switch_to_deploy(self) -> None:
+        """Folds batch norms, and the scale of the queries into their convolution."""
+        self.query.switch_to_deploy()
+        self.query.conv.weight *= self.scale
+        self.query.conv.bias *= self.scale
+        self.scale = 1.0
 
 
 class Lepe(nn.Module):
@@ -206,6 +231,8 @@ class Fusion(nn.Module):
         self.grn = GRN(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.bn, nn.Identity):  # folded, and GELU comes at once
+            return self.grn(self.conv(self.dwconv(x, gelu=True)))
         return self.grn(self.conv(self.act(self.bn(self.dwconv(x)))))
 
     def switch_to_deploy(self) -> None:
@@ -215,7 +242,7 @@ class Fusion(nn.Module):
             self.bn = nn.Identity()
 
 
-class _DynamicBlock(nn.Module):
+class _DynamicBlock(_ResidualBlock):
     """What the focus block and the stand-alone ContMix block share: everything after the values are known.
 
     Args:
@@ -257,12 +284,6 @@ class _DynamicBlock(nn.Module):
         self.layer_scale1 = nn.Identity() if layer_scale is None else LayerScale(channels, layer_scale)
         self.layer_scale2 = nn.Identity() if layer_scale is None else LayerScale(channels, layer_scale)
 
-    def residual(self, x: Tensor, y: Tensor, layer_scale: nn.Module) -> Tensor:
-        """Shortcut ``x`` plus branch ``y``, the LayerScale on the one that ``res_scale`` says."""
-        if self.res_scale:
-            return layer_scale(x) + self.drop_path(y)
-        return x + self.drop_path(layer_scale(y))
-
     def gated_mix(self, query: Tensor, key: Tensor, value: Tensor, local: Tensor) -> Tensor:
         """ContMix of ``value``, with local detail and gate from ``local``; (B, C, H, W) to (B, channels, H, W)."""
         size = local.shape[2:]
@@ -271,10 +292,10 @@ class _DynamicBlock(nn.Module):
             mixed = F.adaptive_avg_pool2d(mixed, size)
         return self.out_proj(F.silu(self.gate(local)) * self.se(self.mix_proj(mixed) + self.lepe(local)))
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """The second half of the block."""
+    def second_half(self, x: Tensor) -> Tensor:
+        """What comes after the mixing."""
         x = self.dwconv2(x)
-        return self.residual(x, self.ffn(self.norm2(x)), self.layer_scale2)
+        return self.feed_forward(x, self.norm2(x), self.layer_scale2)
 
 
 class FocusBlock(_DynamicBlock):
@@ -340,7 +361,7 @@ class FocusBlock(_DynamicBlock):
         fused = self.fusion(z)
         query, key = self.mixer.enlarge(z).split(self.split, dim=1)
         y = self.gated_mix(query, key, self.mixer.enlarge(fused), fused)
-        u = self.feed_forward(self.residual(identity, y, self.layer_scale1))
+        u = self.second_half(self.residual(identity, y, self.layer_scale1))
         return u.split(self.split, dim=1)
 
 
@@ -401,7 +422,7 @@ class ContMixBlock(_DynamicBlock):
         z = self.norm1(identity)
         large = self.mixer.enlarge(z)
         y = self.gated_mix(large, large, self.value(large), z)
-        return self.feed_forward(self.residual(identity, y, self.layer_scale1))
+        return self.second_half(self.residual(identity, y, self.layer_scale1))
 
     def switch_to_deploy(self) -> None:
         """Merges everything that merges, in place."""

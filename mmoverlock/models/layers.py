@@ -1,7 +1,7 @@
 """Small layers that the blocks are made of."""
 
 import functools
-from typing import Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -217,8 +217,8 @@ class DWConv(nn.Conv2d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1, groups=channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv3x3(x, self.weight, self.bias)
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        return depthwise_conv3x3(x, self.weight, self.bias, gelu=gelu)
 
 
 class ResDWConv(DWConv):
@@ -286,11 +286,13 @@ class ConvFFN(nn.Module):
         self.grn = GRN(hidden)
         self.fc2 = nn.Conv2d(hidden, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shortcut: Optional[Tensor] = None, layer_scale: Optional[LayerScale] = None) -> Tensor:
+        """(B, C, H, W) to the same, with a shortcut of that shape added, after its LayerScale where one is given."""
         fc1, dwconv, grn, fc2 = self.fc1, self.dwconv, self.grn, self.fc2
+        scale, shift = (None, None) if layer_scale is None else (layer_scale.weight.flatten(), layer_scale.bias)
         return feed_forward(
             x, fc1.weight, fc1.bias, dwconv.weight, dwconv.bias, grn.gamma, grn.beta, fc2.weight, fc2.bias,
-            grn.eps, not dwconv.merged,
+            grn.eps, not dwconv.merged, shortcut, scale, shift,
         )  # fmt: skip
 
 

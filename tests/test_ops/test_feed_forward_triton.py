@@ -23,7 +23,7 @@ def test_kernels_interpreted():
 def on_gpu(channels=16, hidden=64, out=16, height=5, dtype=torch.float16):
     x = OnGpu(2, channels, height, 7, dtype=dtype)
     shapes = ((hidden, channels, 1, 1), (hidden,), (hidden, 1, 3, 3), (hidden,), (1, hidden, 1, 1), (1, hidden, 1, 1))
-    return x, *(OnGpu(*s) for s in (*shapes, (out, hidden, 1, 1), (out,))), 1e-6, True
+    return x, *(OnGpu(*s) for s in (*shapes, (out, hidden, 1, 1), (out,))), 1e-6, True, None, None, None
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,15 @@ def test_arguments_that_do_not_fit():
         wrong[place] = torch.zeros(3, 3, 3, 3) if args[place].dim() > 1 else torch.zeros(5)
         with pytest.raises(ValueError, match=f'{name} has shape'):
             feed_forward(*wrong)
+    assert feed_forward(*args, shortcut=torch.ones(2, 6, 5, 5)).eq(1).all()
+    with pytest.raises(ValueError, match='shortcut has shape'):
+        feed_forward(*args, shortcut=torch.ones(2, 6, 5, 1))
+    more = dict(shortcut=torch.ones(2, 6, 5, 5), scale=torch.ones(6), shift=torch.ones(6))
+    with pytest.raises(ValueError, match='scale has shape'):
+        feed_forward(*args, **dict(more, scale=torch.ones(5)))
+    for given in (('scale', 'shift'), ('shortcut', 'scale'), ('shift',)):
+        with pytest.raises(ValueError, match='scale and shift are of a shortcut'):
+            feed_forward(*args, **{name: more[name] for name in given})
 
 
 def test_definition_has_gradients():
@@ -74,6 +83,12 @@ def test_definition_has_gradients():
     shapes = ((1, 2, 3, 3), (3, 2, 1, 1), (3,), (3, 1, 3, 3), (3,), (1, 3, 1, 1), (1, 3, 1, 1), (2, 3, 1, 1), (2,))
     args = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     assert torch.autograd.gradcheck(feed_forward, args)
+    more = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((1, 2, 3, 3), (2,), (2,))]
+
+    def with_shortcut(*tensors):
+        return feed_forward(*tensors[:9], shortcut=tensors[9], scale=tensors[10], shift=tensors[11])
+
+    assert torch.autograd.gradcheck(with_shortcut, [*args, *more])
 
 
 @pytest.mark.parametrize('own', [(7, 4), (4,)])
@@ -107,7 +122,7 @@ def test_plan_covers_the_map(own, tile, batch, channels, height, width):
         # Two rows of the gradient, one of it and one of the map on their way, eleven sums.
         ('backward', dict(N=4, G=2, WHOLE=True, GRN=False, GELU=True), 6 + 6 + 6 + 4 + 11),
         # Two rows of N sums, and one of N + 2 values on its way.
-        ('forward', dict(N=4, G=2, WHOLE=True, BIAS=False, SQUARES=False), 4 + 4 + 6),
+        ('forward', dict(N=4, G=2, WHOLE=True, BIAS=False, SQUARES=False, GELU=False), 4 + 4 + 6),
     ],
 )
 def test_compiler_keeps_rows_that_travel_with_the_loop(name, constants, carried):

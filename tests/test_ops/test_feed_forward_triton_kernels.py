@@ -96,6 +96,20 @@ def test_conv3x3_half_precision(dtype):
     assert max(found[2:]) < 1e-5, found  # sums in float32
 
 
+@pytest.mark.parametrize('residual', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, *HALF])
+def test_conv3x3_and_gelu(dtype, residual):
+    """In one kernel where no gradients are wanted, else one after the other."""
+    args = conv_arguments((2, 8, 18, 7), dtype)
+    found = errors(depthwise_conv3x3, args, residual, True)
+    assert max(found) < (1e-5 if dtype is torch.float32 else TOLERANCE[dtype]), found
+    exact = depthwise_conv3x3(*(a.detach().double() for a in args), residual, True, backend='reference')
+    plain = [a.detach() for a in args]
+    out = depthwise_conv3x3(*plain, residual, True, backend='triton')
+    assert out.dtype == dtype and torch.equal(out, torch.ops.mmoverlock.depthwise_conv3x3_gelu(*plain, residual))
+    assert (out.double() - exact).norm() < (1e-5 if dtype is torch.float32 else TOLERANCE[dtype] / 2) * exact.norm()
+
+
 def test_conv3x3_in_strips():
     """A map cut into strips, as small batches are, equals the whole."""
     assert small.plan((1, 8, 64, 8), small.TUNING.grad_columns, small.TUNING.grad_programs, small.TUNING)[3] > 2
@@ -131,6 +145,61 @@ def test_ffn_equals_the_definition(sizes, residual):
 def test_ffn_half_precision(dtype, sizes):
     found = errors(feed_forward, ffn_arguments(*sizes, dtype))
     assert max(found) < TOLERANCE[dtype], found
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, *HALF])
+@pytest.mark.parametrize('splits', [2, 4])
+def test_depth_of_a_product_shared_by_programs(monkeypatch, splits, dtype):
+    """96 hidden channels are two or three steps of the product: shares differ, and the fourth of four is empty."""
+    many = dict(splits=splits, split_depth=96 // splits, split_programs=10**6)
+    for tuning in (dict(many), dict(many, small_project=(16, 16, 64, 4, 3, 255))):
+        monkeypatch.setattr(fused, 'TUNING', dataclasses.replace(fused.TUNING, **tuning))
+        assert fused._splits(1, 96) == splits
+        args = ffn_arguments(2, 8, 96, 24, 5, 7, dtype)
+        found = errors(feed_forward, args)
+        assert max(found) < (1e-5 if dtype is torch.float32 else TOLERANCE[dtype]), found
+        outs = [feed_forward(*args, backend='triton') for _ in range(3)]
+        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])  # whoever came last
+
+
+def test_depth_is_shared_where_programs_are_few():
+    assert [fused._splits(programs, 2048) for programs in (1, 32, 33, 66, 67, 500)] == [4, 4, 4, 2, 1, 1]
+    assert [fused._splits(8, depth) for depth in (256, 511, 512, 1023, 1024)] == [1, 1, 2, 2, 4]
+
+
+@pytest.mark.parametrize('scaled', [False, True])
+@pytest.mark.parametrize('sizes, dtype', [(s, torch.float32) for s in SIZES] + [(SIZES[0], d) for d in HALF])
+def test_ffn_with_a_shortcut(sizes, dtype, scaled):
+    """Added by the last kernel where no gradients are wanted, else after it."""
+    args = ffn_arguments(*sizes, dtype)
+    batch, _, _, out, height, width = sizes
+    generator = torch.Generator().manual_seed(5)
+    more = [torch.randn(s, generator=generator) for s in ((batch, out, height, width), (out,), (out,))]
+    more = [more[0].to(DEVICE, dtype), *(t.to(DEVICE) for t in more[1:])][: 3 if scaled else 1]
+    if scaled:  # every second of some numbers
+        more[1] = more[1].repeat_interleave(2)[::2]
+    more = [t.requires_grad_() for t in more]
+
+    def function(*tensors, backend):
+        return feed_forward(*tensors[:9], 1e-6, True, *tensors[9:], backend=backend)
+
+    tolerance = 1e-5 if dtype is torch.float32 else TOLERANCE[dtype]
+    if sizes == SIZES[0] and dtype is torch.float32:
+        found = errors(function, [*args, *more])
+        assert max(found) < tolerance, found
+    exact = function(*(t.detach().double() for t in (*args, *more)), backend='reference')
+    out = function(*(t.detach() for t in (*args, *more)), backend='triton')
+    assert out.dtype == dtype and out.is_contiguous(memory_format=torch.channels_last)
+    assert (out.double() - exact).norm() < tolerance * exact.norm()
+
+
+def test_ffn_with_a_shortcut_of_another_type():
+    """Such as a float32 one under autocast: added as PyTorch adds."""
+    args = [a.detach() for a in ffn_arguments(1, 8, 16, 8, 3, 5)]
+    with torch.autocast(DEVICE, torch.float16):
+        out = feed_forward(*args, shortcut=args[0], backend='triton')
+        expected = feed_forward(*args, backend='triton') + args[0]
+    assert out.dtype == torch.float32 and torch.equal(out, expected)
 
 
 @pytest.mark.parametrize('parts, columns', [(1, 8), (300, 72)])
@@ -225,6 +294,7 @@ def test_registered_as_torch_asks():
     x, weight, bias = conv_arguments((1, 2, 4, 6))
     x = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     torch.library.opcheck(small._conv, (x, weight, bias, True), test_utils=checks)
+    torch.library.opcheck(small._conv_gelu, (x.detach(), weight.detach(), None, True), test_utils=checks)
     torch.library.opcheck(small._gradients, (x.detach(), x.detach(), weight.detach(), True), test_utils=checks)
     args = ffn_arguments(1, 8, 16, 8, 3, 5)
     args[0] = args[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -232,6 +302,9 @@ def test_registered_as_torch_asks():
     plain = [a.detach() for a in args]
     torch.library.opcheck(fused._feed_forward, (*plain, 1e-6, True, False), test_utils=checks)
     out, *kept = torch.ops.mmoverlock.feed_forward(*plain, 1e-6, True, True)
+    for scale, shift in ((None, None), (plain[8], plain[8])):
+        inputs = (*plain, 1e-6, True, out, scale, shift)
+        torch.library.opcheck(fused._with_shortcut, inputs, test_utils=checks)
     for wanted in (False, True):
         inputs = (torch.randn_like(out), *plain, *kept, 1e-6, True, wanted)
         torch.library.opcheck(fused._gradients, inputs, test_utils=checks)

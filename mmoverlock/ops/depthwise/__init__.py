@@ -180,6 +180,7 @@ def depthwise_conv3x3(
     weight: Tensor,
     bias: Optional[Tensor] = None,
     residual: bool = False,
+    gelu: bool = False,
     backend: str = 'auto',
 ) -> Tensor:
     """Depthwise 3x3 convolution, stride 1, zero-padded so that the size is kept; ``x + conv(x)`` with ``residual``.
@@ -189,6 +190,7 @@ def depthwise_conv3x3(
         weight (Tensor): (C, 1, 3, 3).
         bias (Tensor, optional): (C,). Defaults to None.
         residual (bool): Add ``x``. Defaults to False.
+        gelu (bool): Apply GELU to the result. Defaults to False.
         backend (str): ``'auto'``, ``'triton'``, ``'reference'``. The environment variable ``MMOVERLOCK_BACKEND``
             overrides ``'auto'``. Defaults to ``'auto'``.
 
@@ -202,7 +204,7 @@ def depthwise_conv3x3(
     _check(x, weight)
     if weight.shape[-1] != 3:
         raise ValueError(f'depthwise_conv3x3: weight has shape {tuple(weight.shape)}, expected (C, 1, 3, 3)')
-    return dispatch('depthwise_conv3x3', backend, x, weight, bias, residual)
+    return dispatch('depthwise_conv3x3', backend, x, weight, bias, residual, gelu)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

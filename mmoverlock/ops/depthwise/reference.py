@@ -13,7 +13,8 @@ def depthwise_conv2d_reference(x: Tensor, weight: Tensor, bias: Optional[Tensor]
     return F.conv2d(x, weight, bias, padding=padding, dilation=dilation, groups=x.shape[1])
 
 
-def conv3x3_reference(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
+def conv3x3_reference(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool, gelu=False) -> Tensor:
     """Arguments as :func:`mmoverlock.ops.depthwise_conv3x3`."""
     out = F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
-    return x + out if residual else out
+    out = x + out if residual else out
+    return F.gelu(out) if gelu else out

@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..sums import add_up
@@ -48,7 +49,7 @@ class Tuning:
 TUNING = Tuning()
 
 
-def refuse(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Optional[str]:
+def refuse(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool, gelu: bool) -> Optional[str]:
     """Why the kernels cannot serve the call, or None."""
     tensors = dict(x=x, weight=weight)
     if bias is not None:
@@ -56,14 +57,18 @@ def refuse(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) ->
     return refuse_tensors(tensors) or ('a tensor is empty' if 0 in x.shape else None)
 
 
-def conv3x3_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
+def conv3x3_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool, gelu: bool) -> Tensor:
     """As the reference, but the result is channels-last whatever the memory format of ``x``.
 
     Computes in the type of ``x``, or in that of autocast, with sums in float32.
     ``weight`` and ``bias`` are not rounded.
     """
     x = compute_input(x, torch.channels_last)
-    return torch.ops.mmoverlock.depthwise_conv3x3(x, weight, bias, residual)
+    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if gelu and not needed:
+        return torch.ops.mmoverlock.depthwise_conv3x3_gelu(x, weight, bias, residual)
+    out = torch.ops.mmoverlock.depthwise_conv3x3(x, weight, bias, residual)
+    return F.gelu(out) if gelu else out
 
 
 def _beside(shape, columns: int, tuning: Tuning) -> Tuple[int, int, int, int]:
@@ -102,7 +107,7 @@ def plan(shape, own: Tuple[int, ...], programs: int, tuning: Tuning) -> Tuple[Tu
     return sizes, constants, strips * beside, strips * lanes
 
 
-def launch_forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool, squares: bool):
+def launch_forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool, squares=False, gelu=False):
     """The convolution of a channels-last map, and the shares [B, PARTS, C] of the sums of its squares, or None."""
     from .small_kernels import depthwise3_forward_kernel
 
@@ -112,7 +117,7 @@ def launch_forward(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: 
     with on(x.device):
         depthwise3_forward_kernel[(programs,)](
             x, weight, weight if bias is None else bias, out, shares if squares else x, *sizes, **constants,
-            RESIDUAL=residual, BIAS=bias is not None, SQUARES=squares,
+            RESIDUAL=residual, BIAS=bias is not None, SQUARES=squares, GELU=gelu,
         )  # fmt: skip
     return out, shares
 
@@ -157,9 +162,16 @@ def add_up_taps(shares: Tensor) -> Tensor:
 @torch.library.custom_op('mmoverlock::depthwise_conv3x3', mutates_args=())
 def _conv(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
     """The convolution of a channels-last map."""
-    return launch_forward(x.contiguous(memory_format=torch.channels_last), weight, bias, residual, False)[0]
+    return launch_forward(x.contiguous(memory_format=torch.channels_last), weight, bias, residual)[0]
 
 
+@torch.library.custom_op('mmoverlock::depthwise_conv3x3_gelu', mutates_args=())
+def _conv_gelu(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
+    """GELU of the convolution, without gradients."""
+    return launch_forward(x.contiguous(memory_format=torch.channels_last), weight, bias, residual, gelu=True)[0]
+
+
+@_conv_gelu.register_fake
 @_conv.register_fake
 def _(x, weight, bias, residual):
     return torch.empty_like(x, memory_format=torch.channels_last)

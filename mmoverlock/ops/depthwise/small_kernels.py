@@ -124,10 +124,11 @@ def _add_row(sums, left, centre, right, x, N: tl.constexpr):
 
 
 @triton.jit
-def _finish(at, C, sums, total, masks, N: tl.constexpr, WHOLE: tl.constexpr, SQUARES: tl.constexpr):
+def _finish(at, C, sums, total, masks, N: tl.constexpr, WHOLE: tl.constexpr, SQUARES: tl.constexpr, GELU: tl.constexpr):
     """Stores a row; returns ``total`` with its squares, with WHOLE those of groups outside the map, too."""
     for n in tl.static_range(N):
-        tl.store(at + n * C, sums[n].to(at.dtype.element_ty), mask=masks[n + 1])
+        value = gelu(sums[n]) if GELU else sums[n]
+        tl.store(at + n * C, value.to(at.dtype.element_ty), mask=masks[n + 1])
         if SQUARES:
             total += sums[n] * sums[n] if WHOLE else tl.where(masks[n + 1], sums[n] * sums[n], 0.0)
     return total
@@ -137,9 +138,9 @@ def _finish(at, C, sums, total, masks, N: tl.constexpr, WHOLE: tl.constexpr, SQU
 def depthwise3_forward_kernel(
     x, weight, bias, out, squares, C, H, W, ROWS, STRIPS, LANES,
     V: tl.constexpr, N: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr,
-    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SQUARES: tl.constexpr,
+    RESIDUAL: tl.constexpr, BIAS: tl.constexpr, SQUARES: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
-    """out = conv(x), RESIDUAL: + x. C counts vectors of V channels.
+    """out = conv(x), RESIDUAL: + x, GELU: of that. C counts vectors of V channels.
 
     SQUARES: the strip's sum of the squares of ``out``, before it is rounded, for every channel goes to
     squares[B, STRIPS * LANES, C].
@@ -180,7 +181,7 @@ def depthwise3_forward_kernel(
         values = _floats(ahead, N)
         ahead = _load(x + tl.minimum(r + 1, last) * stride + at, C, masks, N)
         above = _add_row(above, c0, c1, c2, values, N)
-        total = _finish(out + (r - 1) * stride + at, C, above, total, masks, N, WHOLE, SQUARES)
+        total = _finish(out + (r - 1) * stride + at, C, above, total, masks, N, WHOLE, SQUARES, GELU)
         above = _add_row(level, b0, b1, b2, values, N)
         level = _add_row(start, a0, a1, a2, values, N)
     # The row below the strip, or nothing.
@@ -188,7 +189,7 @@ def depthwise3_forward_kernel(
     inside = bottom < H
     c0, c1, c2 = tl.where(inside, c0, 0.0), tl.where(inside, c1, 0.0), tl.where(inside, c2, 0.0)
     above = _add_row(above, c0, c1, c2, values, N)
-    total = _finish(out + (bottom - 1) * stride + at, C, above, total, masks, N, WHOLE, SQUARES)
+    total = _finish(out + (bottom - 1) * stride + at, C, above, total, masks, N, WHOLE, SQUARES, GELU)
     if SQUARES:
         if WHOLE:
             total = tl.where(masks[1], total, 0.0)

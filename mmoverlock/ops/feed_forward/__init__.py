@@ -1,5 +1,7 @@
 """The feed-forward half of a block: 1x1, GELU, residual depthwise 3x3, global response normalisation, 1x1."""
 
+from typing import Optional
+
 from torch import Tensor
 
 from ..backends import Backend, dispatch, register
@@ -27,6 +29,9 @@ def feed_forward(
     bias2: Tensor,
     eps: float = 1e-6,
     residual: bool = True,
+    shortcut: Optional[Tensor] = None,
+    scale: Optional[Tensor] = None,
+    shift: Optional[Tensor] = None,
     backend: str = 'auto',
 ) -> Tensor:
     """``conv1x1(grn(h + dwconv3x3(h)))`` of ``h = gelu(conv1x1(x))``; the feed-forward half of OverLoCK's blocks.
@@ -44,6 +49,9 @@ def feed_forward(
         bias2 (Tensor): (F,).
         eps (float): Of the response normalisation. Defaults to 1e-6.
         residual (bool): False where ``h +`` has been merged into ``dw_weight``. Defaults to True.
+        shortcut (Tensor, optional): (B, F, H, W), added to the result. Defaults to None.
+        scale, shift (Tensor, optional): (F,), what every channel of ``shortcut`` is multiplied with before, and what is
+            added to it; both or neither. Defaults to None.
         backend (str): ``'auto'``, ``'triton'``, ``'reference'``. The environment variable ``MMOVERLOCK_BACKEND``
             overrides ``'auto'``. Defaults to ``'auto'``.
 
@@ -66,11 +74,17 @@ def feed_forward(
         weight2=(weight2, (weight2.shape[0], hidden, 1, 1)),
         bias2=(bias2, (weight2.shape[0],)),
     )
+    if (scale is None) != (shift is None) or (shortcut is None and scale is not None):
+        raise ValueError('feed_forward: scale and shift are of a shortcut; give all three, or the shortcut alone')
+    if shortcut is not None:
+        expected['shortcut'] = (shortcut, (x.shape[0], weight2.shape[0], *x.shape[2:]))
+    if scale is not None:
+        expected.update(scale=(scale, (weight2.shape[0],)), shift=(shift, (weight2.shape[0],)))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
             raise ValueError(f'feed_forward: {name} has shape {tuple(tensor.shape)}, expected {shape}')
     return dispatch(
         'feed_forward',
         backend,
-        *(x, weight1, bias1, dw_weight, dw_bias, gamma, beta, weight2, bias2, eps, residual),
+        *(x, weight1, bias1, dw_weight, dw_bias, gamma, beta, weight2, bias2, eps, residual, shortcut, scale, shift),
     )

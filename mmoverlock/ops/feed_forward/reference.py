@@ -1,5 +1,7 @@
 """The feed-forward half of a block in plain PyTorch: the definition that the fast form is tested against."""
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,8 +40,20 @@ def feed_forward_reference(
     bias2: Tensor,
     eps: float,
     residual: bool,
+    shortcut: Optional[Tensor] = None,
+    scale: Optional[Tensor] = None,
+    shift: Optional[Tensor] = None,
 ) -> Tensor:
     """Arguments as :func:`mmoverlock.ops.feed_forward`."""
     h = F.gelu(conv1x1(x, weight1, bias1))
     y = conv3x3_reference(h, dw_weight, dw_bias, residual)
-    return conv1x1(grn(y, gamma, beta, eps), weight2, bias2)
+    return add_shortcut(conv1x1(grn(y, gamma, beta, eps), weight2, bias2), shortcut, scale, shift)
+
+
+def add_shortcut(x: Tensor, shortcut: Optional[Tensor], scale: Optional[Tensor], shift: Optional[Tensor]) -> Tensor:
+    """``x + shortcut``, or ``x + scale * shortcut + shift``, or ``x`` where there is none."""
+    if shortcut is None:
+        return x
+    if scale is None:
+        return x + shortcut
+    return x + affine(shortcut, scale.view(1, -1, 1, 1), shift.view(1, -1, 1, 1))

@@ -23,7 +23,7 @@ from ..triton_common import (
     power_of_two,
     refuse_tensors,
 )
-from .reference import feed_forward_reference
+from .reference import add_shortcut, feed_forward_reference
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Tuning:
         expand, project, project_grad (tuple): Of the three kernels.
         small_expand, small_project (tuple): Of the first two where large tiles would leave most of a GPU empty, ...
         programs (int): ... with fewer programs than this.
+        splits (int): Programs at most that share the depth of a tile of the second product, ...
+        split_programs (int): ... while all together are not more than this, ...
+        split_depth (int): ... and each has so much of the depth.
         shares (int): Shares of an image's sums from which on they are summed by many programs.
     """
 
@@ -43,19 +46,25 @@ class Tuning:
     project: Tuple[int, ...] = (128, 128, 64, 4, 3, 255)
     project_grad: Tuple[int, ...] = (128, 64, 64, 4, 3, 255)
     small_expand: Tuple[int, ...] = (64, 32, 64, 4, 4, 255)
-    small_project: Tuple[int, ...] = (32, 32, 64, 4, 5, 255)
+    small_project: Tuple[int, ...] = (16, 64, 64, 4, 4, 255)
     programs: int = 66
+    splits: int = 4
+    split_programs: int = 132
+    split_depth: int = 256
     shares: int = 64
 
 
 TUNING = Tuning()
 _NAMES = ('x', 'weight1', 'bias1', 'dw_weight', 'dw_bias', 'gamma', 'beta', 'weight2', 'bias2')
+_MORE = ('shortcut', 'scale', 'shift')
 _MOST = 16384  # hidden channels, which the normalisation takes at once
 
 
 def refuse(x: Tensor, *args) -> Optional[str]:
     """Why the kernels cannot serve the call, or None."""
-    reason = refuse_tensors(dict(zip(_NAMES, (x, *args))))
+    *parameters, _, _, shortcut, scale, shift = args
+    more = {name: t for name, t in zip(_MORE, (shortcut, scale, shift)) if t is not None}
+    reason = refuse_tensors(dict(zip(_NAMES, (x, *parameters)), **more))
     if reason:
         return reason
     channels, (hidden, out) = x.shape[1], (args[0].shape[0], args[6].shape[0])
@@ -71,10 +80,14 @@ def feed_forward_triton(x: Tensor, *args) -> Tensor:
 
     Computes in the type of ``x``, or in that of autocast, with sums in float32.
     """
-    *parameters, eps, residual = args
+    *parameters, eps, residual, shortcut, scale, shift = args
     x = compute_input(x, torch.channels_last)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters))
-    return torch.ops.mmoverlock.feed_forward(x, *parameters, eps, residual, keep)[0]
+    more = [t for t in (shortcut, scale, shift) if t is not None]
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, *more))
+    if shortcut is not None and not keep and shortcut.dtype == x.dtype:
+        return torch.ops.mmoverlock.feed_forward_shortcut(x, *parameters, eps, residual, shortcut, scale, shift)
+    out = torch.ops.mmoverlock.feed_forward(x, *parameters, eps, residual, keep)[0]
+    return add_shortcut(out, shortcut, scale, shift)
 
 
 def _tiles(tuning: Tuple[int, ...], rows: int, columns: int, dtype: torch.dtype) -> dict:
@@ -97,6 +110,18 @@ def _tuning(large: Tuple[int, ...], small: Tuple[int, ...], images: int, rows: i
     """Which of two tiles, for products of ``rows`` by ``columns`` apart for so many images."""
     programs = images * -(-rows // large[0]) * -(-columns // large[1])
     return small if programs < TUNING.programs else large
+
+
+def _splits(programs: int, depth: int) -> int:
+    """By how many programs the depth of a tile is shared, a power of two, where so many would not fill a GPU."""
+    splits = 1
+    while (
+        2 * splits <= TUNING.splits
+        and 2 * splits * programs <= TUNING.split_programs
+        and depth >= 2 * splits * TUNING.split_depth
+    ):
+        splits *= 2
+    return splits
 
 
 def _channels_last(x: Tensor, channels: int) -> Tensor:
@@ -132,6 +157,35 @@ def _feed_forward(
     weight2: Tensor, bias2: Tensor, eps: float, residual: bool, keep: bool,
 ) -> List[Tensor]:  # fmt: skip
     """The output and, with ``keep``, what GELU was given, the map before the normalisation, its scale and norm."""
+    return _launch(x, weight1, bias1, dw_weight, dw_bias, gamma, beta, weight2, bias2, eps, residual, keep)
+
+
+@torch.library.custom_op('mmoverlock::feed_forward_shortcut', mutates_args=())
+def _with_shortcut(
+    x: Tensor, weight1: Tensor, bias1: Tensor, dw_weight: Tensor, dw_bias: Tensor, gamma: Tensor, beta: Tensor,
+    weight2: Tensor, bias2: Tensor, eps: float, residual: bool, shortcut: Tensor, scale: Optional[Tensor],
+    shift: Optional[Tensor],
+) -> Tensor:  # fmt: skip
+    """The output and a shortcut of its own type, scaled and shifted where asked for; without gradients."""
+    shortcut = shortcut.contiguous(memory_format=torch.channels_last)
+    if scale is not None:
+        scale, shift = scale.contiguous(), shift.contiguous()
+    return _launch(
+        x, weight1, bias1, dw_weight, dw_bias, gamma, beta, weight2, bias2, eps, residual, False, shortcut, scale, shift
+    )[0]
+
+
+@_with_shortcut.register_fake
+def _(x, weight1, bias1, dw_weight, dw_bias, gamma, beta, weight2, bias2, eps, residual, shortcut, scale, shift):
+    return _channels_last(x, weight2.shape[0])
+
+
+def _launch(
+    x: Tensor, weight1: Tensor, bias1: Tensor, dw_weight: Tensor, dw_bias: Tensor, gamma: Tensor, beta: Tensor,
+    weight2: Tensor, bias2: Tensor, eps: float, residual: bool, keep: bool, shortcut: Optional[Tensor] = None,
+    gain: Optional[Tensor] = None, offset: Optional[Tensor] = None,
+) -> List[Tensor]:  # fmt: skip
+    """The forward pass of both operators."""
     from .triton_kernels import ffn_expand_kernel, ffn_project_kernel, grn_scale_kernel
 
     x = x.contiguous(memory_format=torch.channels_last)
@@ -151,16 +205,23 @@ def _feed_forward(
         scale, norm = (x.new_empty((batch, hidden), dtype=torch.float32) for _ in range(2))
         rounded = x.new_empty((batch, hidden))
         parts, across = squares.shape[1], power_of_two(hidden)
-        grn_scale_kernel[(batch,)](
-            squares, gamma, scale, rounded, norm, parts, hidden // 8, eps, V=8,
-            BP=min(8, power_of_two(parts), max(1, 8192 // across)), BE=across,
-        )  # fmt: skip
         out = _channels_last(x, channels_out)
         tuning = _tuning(TUNING.project, TUNING.small_project, batch, pixels, channels_out)
         tiles = _tiles(tuning, pixels, channels_out, x.dtype)
-        ffn_project_kernel[(batch * -(-pixels // tiles['BM']) * -(-channels_out // tiles['BN']),)](
-            y, rounded, beta.to(x.dtype), weight2, bias2, out, pixels, hidden // 8, channels_out // 8, **tiles,
-            WHOLE=hidden % tiles['BK'] == 0,
+        per_image = -(-pixels // tiles['BM']) * -(-channels_out // tiles['BN'])
+        splits = _splits(batch * per_image, hidden) if per_image <= across else 1
+        partial, arrived = squares, rounded
+        if splits > 1:
+            partial = x.new_empty((batch * per_image, splits, tiles['BM'], tiles['BN']), dtype=torch.float32)
+            arrived = x.new_empty((batch, per_image), dtype=torch.int32)
+        grn_scale_kernel[(batch,)](
+            squares, gamma, scale, rounded, norm, arrived, parts, hidden // 8, eps, per_image if splits > 1 else 0,
+            V=8, BP=min(32, power_of_two(parts), max(1, 8192 // across)), BE=across,
+        )  # fmt: skip
+        ffn_project_kernel[(batch * per_image * splits,)](
+            y, rounded, beta.to(x.dtype), weight2, bias2, *(y if t is None else t for t in (shortcut, gain, offset)),
+            out, partial, arrived, pixels, hidden // 8, channels_out // 8, **tiles,
+            WHOLE=hidden % tiles['BK'] == 0, SPLITS=splits, SHORTCUT=shortcut is not None, GAIN=gain is not None,
         )  # fmt: skip
     return [out, given, y, scale, norm] if keep else [out]
 

@@ -60,11 +60,13 @@ def ffn_expand_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def grn_scale_kernel(
-    squares, gamma, scale, rounded, norm, PARTS, E, eps, V: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr
-):
+    squares, gamma, scale, rounded, norm, arrived, PARTS, E, eps, TILES,
+    V: tl.constexpr, BP: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
     """From the shares of the sums of squares, [B, PARTS, E], the norm of every channel and what it is scaled with.
 
-    ``rounded`` gets the latter in its own type. BP shares are taken at once.
+    ``rounded`` gets the latter in its own type. BP shares are taken at once. An image's TILES numbers of ``arrived``,
+    BE at most, become 0 for ``ffn_project_kernel``.
     """
     E = E * V
     image = tl.program_id(0)
@@ -80,22 +82,31 @@ def grn_scale_kernel(
     tl.store(scale + image * E + e, factor, mask=e < E)
     tl.store(rounded + image * E + e, factor.to(rounded.dtype.element_ty), mask=e < E)
     tl.store(norm + image * E + e, response, mask=e < E)
+    tl.store(arrived + image * TILES + e, tl.zeros((BE,), dtype=tl.int32), mask=e < TILES)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def ffn_project_kernel(
-    y, scale, shift, weight, bias, out, PIXELS, E, F,
+    y, scale, shift, weight, bias, shortcut, gain, offset, out, parts, arrived, PIXELS, E, F,
     V: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr, SPLITS: tl.constexpr, SHORTCUT: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
     """out = (scale[image] y + shift) weightᵀ + bias; a program's rows are of one image.
 
+    SHORTCUT: + shortcut, and with GAIN + gain * shortcut + offset.
+
     Scale and shift are of the type of y, as the definition rounds them: half precision is scaled in pairs. What is
     beyond the last row or column is another one again, which is not stored and needs no mask. WHOLE: BK divides E.
+
+    SPLITS programs share the depth of a tile. Each leaves its sums in parts[tiles, SPLITS, BM, BN], and the one that
+    comes last, which it knows from ``arrived``, 0 before, adds them up: in their order, whichever that was.
     """
     E, F = E * V, F * V
     columns, tiles = tl.cdiv(F, BN), tl.cdiv(PIXELS, BM)
-    pid = tl.program_id(0)
+    tile = tl.program_id(0) // SPLITS
+    part = tl.program_id(0) % SPLITS
+    depth = tl.cdiv(tl.cdiv(E, BK), SPLITS) * BK
+    pid = tile
     n = pid % columns * BN + tl.arange(0, BN)
     pid = pid // columns
     image = pid // tiles
@@ -107,7 +118,7 @@ def ffn_project_kernel(
     b_at = weight + tl.where(n < F, n, n - F)[None, :] * E + k[:, None]
     s_at = scale + image * E + k
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for first in range(0, E, BK):
+    for first in range(part * depth, tl.minimum(part * depth + depth, E), BK):
         if WHOLE:
             a = tl.load(a_at + first)
             b = tl.load(b_at + first)
@@ -121,9 +132,26 @@ def ffn_project_kernel(
             t = tl.load(shift + first + k, mask=known, other=0.0)
         a = a * s[None, :] + t[None, :]
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    mask = (m < PIXELS)[:, None] & (n < F)[None, :]
+    if SPLITS > 1:
+        inner = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+        parts += tile.to(tl.int64) * (SPLITS * BM * BN) + inner
+        tl.store(parts + part * (BM * BN), acc)
+        tl.debug_barrier()  # every thread has written before one of them says so
+        last = tl.atomic_add(arrived + tile, 1, sem='acq_rel') == SPLITS - 1
+        acc = tl.zeros((BM, BN), dtype=tl.float32)
+        for other in tl.static_range(SPLITS):  # past the first cache, which does not see what other programs write
+            acc += tl.load(parts + other * (BM * BN), mask=last, other=0.0, cache_modifier='.cg')
+        mask &= last
     acc += tl.load(bias + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
     at = (first_row + m)[:, None] * F + n[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(m < PIXELS)[:, None] & (n < F)[None, :])
+    if SHORTCUT:
+        more = tl.load(shortcut + at, mask=mask, other=0.0).to(tl.float32)
+        if GAIN:
+            more *= tl.load(gain + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
+            more += tl.load(offset + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
+        acc += more
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_SIZES)
