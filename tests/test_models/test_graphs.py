@@ -324,14 +324,20 @@ def test_gradients_add_up(tiny):
     plain = copy.deepcopy(network)
     plain.graphs = None
     image = torch.randn(2, 3, 96, 96, device='cuda')
-    for _ in range(5):
-        for model in (network, plain):
-            model.zero_grad()
-            for factor in (1, 3):
-                (factor * sum(m.square().mean() for m in model(factor * image))).backward()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        for _ in range(5):
+            for model in (network, plain):
+                model.zero_grad()
+                for factor in (1, 3):
+                    (factor * sum(m.square().mean() for m in model(factor * image))).backward()
     assert network.graphs._recordings
-    for (name, a), b in zip(network.named_parameters(), plain.parameters()):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-3 * b.grad.abs().max().item(), msg=name)
+    sizes = [p.grad.abs().max().item() for p in plain.parameters()]
+    compared = 0
+    for (name, a), b, size in zip(network.named_parameters(), plain.parameters(), sizes):
+        if size > 1e-5 * max(sizes):  # that of a bias before a batch norm is nought, but for rounding
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-2, atol=1e-3 * size, msg=name)
+            compared += 1
+    assert compared > 0.8 * len(sizes)
 
 
 @needs_gpu
