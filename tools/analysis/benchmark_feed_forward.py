@@ -233,7 +233,7 @@ def excited():
             given = [a.detach().to(dtype).requires_grad_() for a in args]
             forward = partial(excite, *given, backend=backend)
             both = partial(lambda run, *rest: torch.autograd.grad(run(), *rest), forward, given, cotangent.to(dtype))
-            results.append([forward(), *both()])
+            results.append([forward().detach(), *both()])  # no graph is kept, which no recording could be made beside
             if dtype is torch.float32:
                 with torch.no_grad():
                     times.append(median(forward))
