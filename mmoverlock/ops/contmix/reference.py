@@ -34,16 +34,21 @@ def _tables(height: int, width: int, window: int, device: torch.device) -> Tuple
     return rows[:, None] + offsets, cols[:, None] + offsets, bias_rows, bias_cols
 
 
-# A network sees few map sizes, so the tables are made once a size and not at every forward.
-_cached_tables = lru_cache(maxsize=256)(_tables)
+def once_a_size(tables: Callable) -> Callable:
+    """``tables``, kept between calls: a network sees few map sizes. Not while a graph is traced, which a traced tensor
+    must not outlive."""
+    cached = lru_cache(maxsize=256)(tables)
+
+    def get(*size):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
+            return tables(*size)
+        with torch.inference_mode(False):  # an inference tensor in the cache could not serve training later
+            return cached(*size)
+
+    return get
 
 
-def index_tables(height: int, width: int, window: int, device: torch.device):
-    """:func:`_tables`, kept between calls except while a graph is traced (a traced tensor must not outlive it)."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0:
-        return _tables(height, width, window, device)
-    with torch.inference_mode(False):  # an inference tensor in the cache could not serve training later
-        return _cached_tables(height, width, window, device)
+index_tables = once_a_size(_tables)
 
 
 def window_softmax(logits: Tensor, rpb: Tensor, row0: int, height: int) -> Tensor:
