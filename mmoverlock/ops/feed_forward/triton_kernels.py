@@ -93,7 +93,7 @@ def ffn_project_kernel(
 ):  # fmt: skip
     """out = (scale[image] y + shift) weightᵀ + bias; a program's rows are of one image.
 
-    SHORTCUT: + shortcut, and with GAIN + gain * shortcut + offset.
+    SHORTCUT: + shortcut; GAIN: + gain * shortcut + offset in its place.
 
     Scale and shift are of the type of y, as the definition rounds them: half precision is scaled in pairs. What is
     beyond the last row or column is another one again, which is not stored and needs no mask. WHOLE: BK divides E.
