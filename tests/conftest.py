@@ -19,6 +19,12 @@ LONG = (
     'test_guide.py',
     'test_tools/test_train.py',
     'test_faults/test_resume.py',
+    'test_models/test_compile.py',
+    'test_distributed/test_ddp.py',
+    'test_distributed/test_fsdp.py',
+    'test_tools/test_launchers.py',
+    'test_tools/test_benchmark.py',
+    'test_ops/test_excite.py',
 )
 
 
