@@ -27,10 +27,9 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     if x.stride(1) != 1 or not (_product_on_cpu(x) or _product_on_gpu(x)):
         return F.conv2d(x, weight, bias)
     pixels = x.permute(0, 2, 3, 1)
-    if x.device.type == 'cuda':  # one row a pixel: of more dimensions PyTorch adds the bias after the product
-        rows = F.linear(pixels.reshape(-1, x.shape[1]), weight.flatten(1), bias)
-        return rows.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
-    return F.linear(pixels, weight.flatten(1), bias).permute(0, 3, 1, 2)
+    # One row a pixel: of more dimensions PyTorch may add the bias after the product, and not in it.
+    rows = F.linear(pixels.flatten(0, 2), weight.flatten(1), bias)
+    return rows.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
 
 
 def _product_on_cpu(x: Tensor) -> bool:

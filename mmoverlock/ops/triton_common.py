@@ -126,6 +126,11 @@ def compute_input(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     return x.contiguous(memory_format=memory_format)
 
 
+def gradients_wanted(*tensors: Optional[Tensor]) -> bool:
+    """Whether autograd will want the gradient of any of these."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def differentiated_again() -> bool:
     """Whether the gradients being computed are to be differentiated in their turn (``create_graph=True``)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -113,6 +113,7 @@ def _windows_of(height: int, width: int, window: int) -> Tuple[Tensor, Tensor]:
 def _positions_by_window(height: int, width: int, window: int) -> Tuple[Tensor, Tensor, Tensor, list, list]:
     """Positions in the order of their windows and back, :func:`_windows_of`'s places in this order; and of every window
     how many positions have it, and its places of the map."""
+    # As window_starts, but as numbers, which a tensor of a graph that is being traced has none of.
     starts = ([min(max(i - window // 2, 0), length - window) for i in range(length)] for length in (height, width))
     shares = {}
     for position, start in enumerate(itertools.product(*starts)):

@@ -10,7 +10,7 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..triton_common import definition_gradients, differentiated_again, on, refuse_tensors
+from ..triton_common import definition_gradients, differentiated_again, gradients_wanted, on, refuse_tensors
 from . import general, shared
 from .reference import contmix_reference
 
@@ -38,7 +38,7 @@ def refuse(query, key, weight, bias, rpb1, rpb2, value) -> Optional[str]:
 def contmix_triton(query, key, weight, bias, rpb1, rpb2, value) -> Tensor:
     """As :func:`mmoverlock.ops.contmix.contmix_reference`, fused; see :func:`refuse` for what it takes."""
     args = (query, key, weight, bias, rpb1, rpb2, value)
-    train = torch.is_grad_enabled() and any(t.requires_grad for t in args)
+    train = gradients_wanted(*args)
     return torch.ops.mmoverlock.contmix(*args, train)[0]
 
 

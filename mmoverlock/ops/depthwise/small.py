@@ -14,6 +14,7 @@ from ..triton_common import (
     compute_input,
     definition_gradients,
     differentiated_again,
+    gradients_wanted,
     on,
     power_of_two,
     refuse_tensors,
@@ -64,8 +65,7 @@ def conv3x3_triton(x: Tensor, weight: Tensor, bias: Optional[Tensor], residual: 
     ``weight`` and ``bias`` are not rounded.
     """
     x = compute_input(x, torch.channels_last)
-    needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if gelu and not needed:
+    if gelu and not gradients_wanted(x, weight, bias):
         return torch.ops.mmoverlock.depthwise_conv3x3_gelu(x, weight, bias, residual)
     out = torch.ops.mmoverlock.depthwise_conv3x3(x, weight, bias, residual)
     return F.gelu(out) if gelu else out

@@ -11,7 +11,15 @@ from typing import List, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..triton_common import definition_gradients, differentiated_again, on, power_of_two, refuse_tensors, vector_of
+from ..triton_common import (
+    definition_gradients,
+    differentiated_again,
+    gradients_wanted,
+    on,
+    power_of_two,
+    refuse_tensors,
+    vector_of,
+)
 from .reference import excite_reference
 
 
@@ -54,7 +62,7 @@ def refuse(*args: Tensor) -> Optional[str]:
 
 def excite_triton(*args: Tensor) -> Tensor:
     """As the reference, with float32 for everything within it, under autocast, too."""
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in args)
+    keep = gradients_wanted(*args)
     return torch.ops.mmoverlock.excite(*args, keep)[0]
 
 

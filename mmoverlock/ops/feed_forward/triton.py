@@ -19,6 +19,7 @@ from ..triton_common import (
     compute_input,
     definition_gradients,
     differentiated_again,
+    gradients_wanted,
     on,
     power_of_two,
     refuse_tensors,
@@ -82,8 +83,7 @@ def feed_forward_triton(x: Tensor, *args) -> Tensor:
     """
     *parameters, eps, residual, shortcut, scale, shift = args
     x = compute_input(x, torch.channels_last)
-    more = [t for t in (shortcut, scale, shift) if t is not None]
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, *more))
+    keep = gradients_wanted(x, *parameters, shortcut, scale, shift)
     if shortcut is not None and not keep and shortcut.dtype == x.dtype:
         return torch.ops.mmoverlock.feed_forward_shortcut(x, *parameters, eps, residual, shortcut, scale, shift)
     out = torch.ops.mmoverlock.feed_forward(x, *parameters, eps, residual, keep)[0]

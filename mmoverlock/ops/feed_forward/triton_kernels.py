@@ -106,9 +106,8 @@ def ffn_project_kernel(
     tile = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
     depth = tl.cdiv(tl.cdiv(E, BK), SPLITS) * BK
-    pid = tile
-    n = pid % columns * BN + tl.arange(0, BN)
-    pid = pid // columns
+    n = tile % columns * BN + tl.arange(0, BN)
+    pid = tile // columns
     image = pid // tiles
     m = pid % tiles * BM + tl.arange(0, BM)
     k = tl.arange(0, BK)
